@@ -1,0 +1,82 @@
+"""What this rank holds of the parameters, as plain tensors.
+
+The optimizer and the gradient norm work on local shards and never see a DTensor. That makes them fast (no dispatch for
+every parameter), equal for every layout, and free to mix parameters that lie on different meshes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+
+class LocalParameters:
+    """The local part of every trainable parameter, by name, sharing memory with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.local = {
+            name: nn.Parameter(local_part(p)) if isinstance(p, DTensor) else p for name, p in self.whole.items()
+        }
+
+    def refresh(self) -> None:
+        """Point every local parameter at the present shard and its gradient; call after backward.
+
+        FSDP may move a shard to padded memory at its first forward, and makes a new gradient each step.
+        """
+        for name, whole in self.whole.items():
+            if isinstance(whole, DTensor):
+                local = self.local[name]
+                local.data = local_part(whole)
+                local.grad = None if whole.grad is None else local_part(whole.grad)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The local gradients that exist; after `refresh`."""
+        return [p.grad for p in self.local.values() if p.grad is not None]
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of both views."""
+        for name, whole in self.whole.items():
+            whole.grad = None
+            self.local[name].grad = None
+
+    def squared_norm(self) -> torch.Tensor:
+        """The squared norm of the whole gradient, a scalar, equal on all ranks.
+
+        A sharded parameter's squares are added over the axes that shard it; a replicated one counts once.
+        """
+        groups: dict[tuple[dist.ProcessGroup, ...], list[torch.Tensor]] = {}
+        for name, whole in self.whole.items():
+            gradient = self.local[name].grad
+            if gradient is not None:
+                groups.setdefault(_sharding_groups(whole), []).append(gradient)
+        total: torch.Tensor | None = None
+        for over, gradients in groups.items():
+            square = _squared_norm(gradients)
+            for group in over:  # each axis adds the shards along it
+                dist.all_reduce(square, group=group)
+            total = square if total is None else total + square
+        assert total is not None, "no parameter has a gradient"
+        return total
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's values of a tensor, detached and sharing its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _squared_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    norms = torch._foreach_norm(list(tensors))
+    return torch.stack([norm.float() for norm in norms]).square().sum()
+
+
+def _sharding_groups(parameter: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if isinstance(p, Shard))

@@ -1,0 +1,218 @@
+"""The torch-native engine: one process, DDP, FSDP2 and HSDP in one step function."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from distllm import comm
+from distllm.checkpoint.chunk import Chunk, chunk_of
+from distllm.config.schema import PrecisionConfig
+from distllm.data.batch import Batch
+from distllm.engine.base import LossTerms, Objective, Skipped, StepOut
+from distllm.engine.local import LocalParameters, local_part
+from distllm.engine.scaler import LossScale
+from distllm.parallel.data import set_last_microbatch
+from distllm.parallel.parallelize import Parallel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NativeEngine:
+    """Trains a model laid out by `parallelize`.
+
+    A step that is not finite on any rank leaves weights, optimizer state and schedule as they were. On a GPU with a
+    fused optimizer nothing waits for that verdict: the update kernel itself obeys it, and the host reads it at the next
+    step, when it has long been computed.
+    """
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        *,
+        objective: Objective,
+        optimizer: Callable[[LocalParameters], torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        clip: float,
+        penalty: Callable[[LocalParameters], None] | None,
+        precision: PrecisionConfig,
+        device: torch.device,
+        rank: int,
+        loss_unit: float = 1.0,
+    ) -> None:
+        """Args:
+        parallel: the model with its weights on its mesh.
+        objective: (outputs, batch) -> LossTerms.
+        optimizer: makes the optimizer of the local parameters.
+        schedule: update number (from 0) -> learning rate.
+        clip: the largest global gradient norm; 0 does not clip.
+        penalty: adds the gradients of L1 and L2 terms to the local gradients; None: none.
+        precision: the dtype of the products and the fp16 loss scale.
+        device: where this rank computes.
+        rank: this rank's number in the world.
+        loss_unit: fp16: what a loss sum is divided by before it is scaled, about the targets of a micro-batch, so that
+            the loss scale is that of a mean; the same on every rank.
+        """
+        self.parallel = parallel
+        self.parameters = LocalParameters(parallel.model)
+        self.optimizer = optimizer(self.parameters)
+        self.updates = 0
+        self.skips_in_a_row = 0
+        self._loss_unit = loss_unit
+        self._objective, self._schedule, self._clip, self._penalty = objective, schedule, clip, penalty
+        self._device, self._rank = device, rank
+        self._dtype = DTYPES[precision.compute]
+        self._scale = LossScale(precision) if precision.compute == "fp16" else None
+        self._verdict: tuple[torch.Tensor, range, torch.Tensor] | None = None
+        # A fused update takes `found_inf` and does nothing where it is set, without the host's knowing.
+        self._fused = bool(self.optimizer.defaults.get("fused")) and device.type == "cuda"
+
+    def train_step(self, microbatches: Sequence[Batch], *, samples: range) -> StepOut:
+        """Take one optimizer step on this rank's micro-batches of one global batch.
+
+        Args:
+            microbatches: the accumulation's batches, on the CPU or the device; as many on every rank.
+            samples: the numbers of all samples of the global batch, to name it should the step be skipped.
+
+        Returns:
+            The global mean loss and gradient norm, still on the device.
+        """
+        model, mesh = self.parallel.forward, self.parallel.mesh
+        model.train()
+        skipped = self.settle() if self._scale else ()  # the loss scale must know of an overflow before it is used
+        scale = self._scale.value / self._loss_unit if self._scale else 1.0
+        total = torch.zeros(2, dtype=torch.float32, device=self._device)  # [loss sum, count] of the global batch
+        for index, batch in enumerate(microbatches):
+            set_last_microbatch(model, index == len(microbatches) - 1)
+            terms = self._terms(batch.to(self._device))
+            (terms.sum * scale if self._scale else terms.sum).backward()
+            total += torch.stack([terms.sum.detach().float(), terms.count.float()])
+        comm.sum_over(total, mesh.dp_group)
+        loss, count = total[0] / total[1], total[1]
+        self.parameters.refresh()
+        norm = self.parameters.squared_norm().sqrt() / (count * scale)
+        bad = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss))
+        self._finish_gradients(norm, count * scale)
+        skipped += self.settle()
+        lr = self._schedule(self.updates)
+        self._update(lr, bad)
+        self._verdict = (bad, samples, loss)
+        self.parameters.clear_gradients()
+        if not self._fused:
+            skipped += self.settle()
+        return StepOut(loss, norm, lr, _tokens(microbatches) * mesh.dp_size, skipped)
+
+    @property
+    def step(self) -> int:
+        """Updates taken, the last one included whose verdict is not yet read: on a GPU it may still turn out skipped."""
+        return self.updates + (self._verdict is not None)
+
+    def settle(self) -> tuple[Skipped, ...]:
+        """Read the verdict on the last step; after it `updates` is exact."""
+        if self._verdict is None:
+            return ()
+        (bad, samples, loss), self._verdict = self._verdict, None
+        finite = not bool(bad)
+        forgiven = self._scale.update(finite) if self._scale else False
+        if finite:
+            self.updates += 1
+            self.skips_in_a_row = 0
+            return ()
+        self.skips_in_a_row += 0 if forgiven else 1  # fp16: too large a scale is no sign of divergence
+        what = "gradient" if bool(torch.isfinite(loss)) else "loss"
+        return (Skipped(samples, f"the {what} is not finite"),)
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> LossTerms:
+        """The loss terms of one micro-batch of this rank, without gradients, in eval mode."""
+        self.parallel.forward.eval()
+        return self._terms(batch.to(self._device))
+
+    def _terms(self, batch: Batch) -> LossTerms:
+        with self._autocast():
+            outputs = self.parallel.forward(**batch.inputs)
+        return self._objective(outputs, batch)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """FSDP gathers parameters in the compute dtype itself; elsewhere autocast casts them from fp32."""
+        if self._dtype == torch.float32 or self.parallel.sharded:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+    def _finish_gradients(self, norm: torch.Tensor, divisor: torch.Tensor) -> None:
+        """The one division by the global count, with the clip factor, then the penalties."""
+        factor = 1.0 / divisor
+        if self._clip > 0:
+            factor = factor * torch.clamp(self._clip / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(self.parameters.gradients(), factor)
+        if self._penalty is not None:
+            self._penalty(self.parameters)
+
+    def _update(self, lr: float, bad: torch.Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self._fused:
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(bad):
+            self.optimizer.step()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Chunk]:
+        """The checkpoint state of this rank: parameters, persistent buffers and optimizer state, by name."""
+        self.settle()
+        self.parameters.refresh()
+        model = self.parallel.model
+        chunks = {f"model.{name}": self._chunk(p, p) for name, p in model.named_parameters()}
+        persistent = model.state_dict(keep_vars=True).keys()
+        chunks |= {f"model.{n}": self._chunk(b, b) for n, b in model.named_buffers() if n in persistent}
+        for name, local in self.parameters.local.items():
+            for key, value in self.optimizer.state[local].items() if local in self.optimizer.state else ():
+                if isinstance(value, torch.Tensor):
+                    like = self.parameters.whole[name] if value.shape == local.shape else value
+                    chunks[f"optim.{name}.{key}"] = self._chunk(value, like)
+        return chunks
+
+    def facts(self) -> dict[str, Any]:
+        """The engine's scalars, JSON: what `restore` needs besides the tensors."""
+        self.settle()
+        facts: dict[str, Any] = {"updates": self.updates, "skips_in_a_row": self.skips_in_a_row}
+        return facts | ({"loss_scale": self._scale.state()} if self._scale else {})
+
+    def prepare_restore(self, facts: dict[str, Any]) -> None:
+        """Take over the scalars of a checkpoint, and make optimizer state for `state` to expose and a load to fill."""
+        self.updates, self.skips_in_a_row = facts["updates"], facts["skips_in_a_row"]
+        if self._scale and "loss_scale" in facts:
+            self._scale.restore(facts["loss_scale"])
+        if self.updates == 0:
+            return
+        self.parameters.refresh()
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0  # a step of nothing: zero gradients at rate zero make the state and move no weight
+        for local in self.parameters.local.values():
+            local.grad = torch.zeros_like(local)
+        self.optimizer.step()
+        self.parameters.clear_gradients()
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter and persistent buffer by name, whole, fp32, on the CPU of rank 0, one at a time."""
+        model = self.parallel.model
+        persistent = model.state_dict(keep_vars=True).keys()
+        named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
+        for name, tensor in named:
+            whole = tensor.detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            yield name, whole.cpu() if self._rank == 0 else torch.empty(0)
+
+    def _chunk(self, value: torch.Tensor, like: torch.Tensor) -> Chunk:
+        return chunk_of(local_part(value), like=like, rank=self._rank)
+
+
+def _tokens(microbatches: Sequence[Batch]) -> int:
+    return sum(next(iter(batch.inputs.values())).numel() for batch in microbatches)
+

@@ -1,0 +1,96 @@
+"""Data parallelism: DDP (replicate), FSDP2 (shard) and HSDP (replicate x shard).
+
+Gradients are added over ranks, never averaged: the engine divides once, by the global count of targets. torch's
+defaults average, so both wrappers are told to sum.
+"""
+
+# No `from __future__ import annotations` here: DDP reads the types of a communication hook and wants them real.
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from distllm.parallel.mesh import Mesh
+
+
+def apply_fsdp(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    blocks: Sequence[nn.Module],
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> nn.Module:
+    """Shard every parameter over dp_shard, a block at a time, in place; nothing on an axis of size 1.
+
+    Args:
+        model: the whole module, on meta.
+        mesh: with dp_replicate > 1 too, this is HSDP: sharded inside a replica, all-reduced across replicas.
+        blocks: the units that are gathered together; what is outside them is one unit of its own.
+        compute_dtype: the dtype of gathered parameters and of the products; the shards stay fp32, and so does the
+            reduction of gradients.
+        reshard_after_forward: free a block's gathered parameters after its forward pass.
+
+    Returns:
+        `model`, its parameters now DTensors under the same names.
+    """
+    if mesh.sizes["dp_shard"] == 1:
+        return model
+    submesh = mesh.submesh("dp_replicate", "dp_shard")
+    low = compute_dtype != torch.float32
+    policy = MixedPrecisionPolicy(compute_dtype, torch.float32) if low else MixedPrecisionPolicy()
+    for block in blocks:
+        fully_shard(block, mesh=submesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=submesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The factor 1 alone would ask for PREMUL_SUM, which gloo has not; with the second line it is a plain SUM.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def apply_ddp(model: nn.Module, mesh: Mesh) -> nn.Module:
+    """Wrap `model` so that gradients are added over dp_replicate; returns `model` itself on an axis of size 1.
+
+    Unlike the other parallelisms this returns a wrapper, because DDP's hooks hang on its forward; names are read from
+    `model`. The model must already hold its weights, equal on all ranks.
+    """
+    if mesh.sizes["dp_replicate"] == 1 or mesh.sizes["dp_shard"] > 1:
+        return model
+    group = mesh.dp_group
+    assert group is not None
+    # torch 2.13 renamed broadcast_buffers and warns of the old name. Buffers are computed alike on every rank.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(
+        model, process_group=group, gradient_as_bucket_view=True, init_sync=False, **buffers
+    )
+    wrapped.register_comm_hook(group, _add_bucket)
+    return wrapped
+
+
+def _add_bucket(
+    group: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """Add one bucket of gradients over the replicas, where DDP by default would average it."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    take_first: Callable[[torch.futures.Future[list[torch.Tensor]]], torch.Tensor] = lambda done: done.value()[0]  # noqa: E731
+    return work.get_future().then(take_first)
+
+
+def set_last_microbatch(forward: nn.Module, last: bool) -> None:
+    """Tell the wrapper whether this is the last micro-batch of the step.
+
+    DDP sends gradients only then. FSDP2 reduces every micro-batch, so that no rank ever holds whole gradients, and only
+    waits at the last.
+    """
+    if isinstance(forward, DistributedDataParallel):
+        forward.require_backward_grad_sync = last
+    elif isinstance(forward, FSDPModule):
+        forward.set_is_last_backward(last)

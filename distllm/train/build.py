@@ -1,0 +1,202 @@
+"""The only place that assembles a run: config -> mesh -> model -> engine -> checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distllm import comm
+from distllm.checkpoint.find import Found, read_facts
+from distllm.checkpoint.manager import CheckpointManager
+from distllm.comm import World
+from distllm.config.check import Resolved, resolve_layout, resolved_config
+from distllm.config.load import digest, to_yaml
+from distllm.config.schema import Config
+from distllm.data.loader import Samples
+from distllm.data.prepare import Prepared, open_prepared, prepare
+from distllm.engine.native import DTYPES, NativeEngine
+from distllm.models.build import initial_tensors, meta_model, resolve_spec
+from distllm.models.spec import ModelSpec
+from distllm.parallel.mesh import Mesh, build_mesh
+from distllm.parallel.parallelize import Parallel, parallelize
+from distllm.track.log import open_log
+from distllm.track.meter import Meter, peak_flops
+from distllm.track.tracker import Tracker
+from distllm.train.folder import RunFolder, claim
+from distllm.train.host import random_state, restore_random_state, seed_rank, tune_host
+from distllm.train.objectives import causal_lm
+from distllm.train.optim import make_optimizer, make_penalty
+from distllm.train.schedule import make_schedule
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is; what a checkpoint keeps beside the engine's state. All sums are over all attempts."""
+
+    samples: int = 0
+    """Global samples consumed: the only data state there is."""
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    best_val_loss: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that training, evaluation and the checkpoints of one run need."""
+
+    config: Config
+    resolved: Resolved
+    world: World
+    mesh: Mesh
+    folder: RunFolder
+    spec: ModelSpec
+    samples: Samples
+    tokenizer_folder: Path
+    engine: NativeEngine
+    checkpoints: CheckpointManager
+    tracker: Tracker
+    meter: Meter
+    log: logging.Logger
+    start: Position = field(default_factory=Position)
+    """Where this attempt begins."""
+
+
+def build(config: Config, world: World) -> Run:
+    """Assemble a run, resumed where its folder or the config says so.
+
+    Args:
+        config: checked; values that follow from the number of ranks may still be `auto`.
+        world: this rank's facts; the process group has been started.
+
+    Returns:
+        The run, ready for its next step. A collective call.
+
+    Raises:
+        DistllmError: what the user has to change, the same on every rank.
+        OSError: the run folder cannot be written.
+    """
+    tune_host(config, world)
+    resolved = resolve_layout(config, world.size)
+    config = resolved_config(config, world.size)
+    folder = comm.main_first(lambda: claim(config), world)
+    log = open_log(folder.path, rank=world.rank, terminal=True)
+    prepared = _data(config, world)
+    tokenizer = folder.path / "tokenizer"
+    comm.main_first(lambda: _keep_tokenizer(prepared.tokenizer_folder, tokenizer), world)
+    samples = Samples(prepared, config)
+    spec = resolve_spec(config, vocab_size=prepared.vocab_size)
+    mesh = build_mesh(world, sizes={a: getattr(resolved, a) for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp")})
+    engine = build_engine(config, world, mesh=mesh, spec=spec)
+    seed_rank(config.seed, dp_rank=mesh.dp_rank)
+    attempt = comm.broadcast(secrets.token_hex(4), world)
+    checkpoints = CheckpointManager(
+        folder.checkpoints, config=config.checkpoint, world=world, attempt=attempt, logger=log
+    )
+    found = _resume_point(config, checkpoints)
+    facts = _restore(found, engine, checkpoints, mesh=mesh, device=world.device) if found else {}
+    checkpoints.reserve(engine.state())
+    start = Position(**facts["position"]) if facts else Position()
+    tracker = Tracker(
+        folder.path, config=config.track, resolved=config.model_dump(mode="json"), run_id=facts.get("wandb_id"),
+        is_main=world.is_main, log=log,
+    )  # fmt: skip
+    tracker.rewind(engine.updates)
+    meter = Meter(
+        flops_per_token=spec.flops_per_token(config.data.seq_len) if spec.flops_per_token else None,
+        peak=_peak(config, world), devices=world.size, device=world.device,
+    )  # fmt: skip
+    run = Run(config, resolved, world, mesh, folder, spec, samples, tokenizer, engine, checkpoints,
+              tracker, meter, log, start)  # fmt: skip
+    _announce(run, found)
+    return run
+
+
+def build_engine(config: Config, world: World, *, mesh: Mesh, spec: ModelSpec) -> NativeEngine:
+    """The model on its mesh with its first weights, and the engine that trains it."""
+    model = meta_model(spec)
+    parallel: Parallel = parallelize(
+        model, mesh, spec=spec, tensors=initial_tensors(spec, seed=config.seed), device=world.device,
+        compute_dtype=DTYPES[config.precision.compute], reshard_after_forward=config.layout.reshard_after_forward,
+        activation=config.activation, compile_blocks=config.train.compile,
+    )  # fmt: skip
+    return NativeEngine(
+        parallel, objective=causal_lm, optimizer=make_optimizer(config.optim, model=model, device=world.device),
+        schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps),
+        clip=config.optim.clip, penalty=make_penalty(config.optim, model=model), precision=config.precision,
+        device=world.device, rank=world.rank, loss_unit=float(config.train.micro_batch * config.data.seq_len),
+    )  # fmt: skip
+
+
+def save(run: Run, *, position: Position) -> None:
+    """Write a checkpoint of the run as it is now."""
+    facts = {"position": asdict(position), "engine": run.engine.facts(), "wandb_id": run.tracker.run_id}
+    run.checkpoints.save(
+        run.engine.updates, run.engine.state(), facts=facts, rng=random_state(run.world.device),
+        layout=dict(run.mesh.sizes), config_yaml=to_yaml(run.config), config_digest=digest(run.config),
+    )  # fmt: skip
+
+
+def _data(config: Config, world: World) -> Prepared:
+    """Prepare the token stores on rank 0 while the others wait, then open them everywhere."""
+    comm.main_first(lambda: bool(prepare(config, progress=True)), world)
+    return open_prepared(config)
+
+
+def _keep_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer into the run folder, so that the run can be used without its token store."""
+    if not target.exists():
+        shutil.rmtree(partial := target.with_name(".tokenizer.tmp"), ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(target)
+
+
+def _resume_point(config: Config, checkpoints: CheckpointManager) -> Found | None:
+    """The checkpoint to start from: this run's newest good one, else the one that the config names."""
+    newest = checkpoints.newest()
+    if newest is not None or config.resume in ("auto", "never"):
+        return newest
+    return checkpoints.find(Path(config.resume))
+
+
+def _restore(
+    found: Found, engine: NativeEngine, checkpoints: CheckpointManager, *, mesh: Mesh, device: torch.device
+) -> dict[str, Any]:
+    engine.prepare_restore(read_facts(found)["engine"])
+    facts, rng = checkpoints.load(found, engine.state(), layout=dict(mesh.sizes))
+    if rng is not None:  # another layout has other ranks: their generators stay as seeded
+        restore_random_state(rng, device=device)
+    return facts
+
+
+def _peak(config: Config, world: World) -> float | None:
+    if world.device.type != "cuda":
+        return None
+    fp32 = "tf32" if config.precision.tf32 else "fp32"
+    dtype = fp32 if config.precision.compute == "fp32" else config.precision.compute
+    return peak_flops(torch.cuda.get_device_name(world.device), dtype)
+
+
+def _announce(run: Run, found: Found | None) -> None:
+    """Say in a few lines what is about to run."""
+    parameters = sum(p.numel() for p in run.engine.parallel.model.parameters())
+    r = run.resolved
+    axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.sizes.items() if size > 1) or "one process"
+    run.log.info(
+        f"{run.spec.name}, {parameters:,} parameters, {run.config.precision.compute}, on {run.world.device.type}: {axes}"
+    )
+    run.log.info(
+        f"global batch {r.global_batch} samples of {run.config.data.seq_len} tokens = micro-batch {r.micro_batch} x "
+        f"accumulation {r.accumulation} x data-parallel {r.dp_size}; {run.config.train.steps} steps; an epoch is "
+        f"{run.samples.train_size:,} samples, validation {run.samples.validation_size:,}"
+    )
+    if found is not None:
+        run.log.info(f"continuing at step {run.engine.updates} from {found.folder}")
+

@@ -1,0 +1,64 @@
+"""What a run tells its user besides numbers: samples of text on the way, and the summary at the end."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from distllm import generate
+from distllm.checkpoint.find import candidates
+from distllm.evaluate import Evaluation
+from distllm.track.summary import Summary, render_summary
+from distllm.train.build import Position, Run
+from distllm.train.folder import read_tokenizer
+
+
+def sample_text(run: Run, step: int) -> str | None:
+    """Let the model continue each of `train.sample_prompts`, and write it to `samples.txt` and the log.
+
+    All ranks run it, because a sharded model answers only together; they draw from equal generators, so they agree.
+
+    Returns:
+        The last sample's text; None when samples are switched off.
+    """
+    t = run.config.train
+    if t.sample_tokens == 0 or not t.sample_prompts:
+        return None
+    tokenizer = read_tokenizer(run.tokenizer_folder)
+    run.engine.parallel.model.eval()
+    with run.meter.pause():
+        texts = generate.sample_text(
+            run.engine.parallel.model, tokenizer=tokenizer, prompts=t.sample_prompts, max_tokens=t.sample_tokens,
+            temperature=t.sample_temperature, max_len=run.spec.max_seq_len, device=run.world.device,
+            generator=torch.Generator(run.world.device).manual_seed(run.config.seed),
+        )  # fmt: skip
+    if run.world.is_main:
+        with (run.folder.path / "samples.txt").open("a", encoding="utf-8") as file:
+            for prompt, text in zip(t.sample_prompts, texts, strict=True):
+                file.write(f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n")
+    run.log.info(f"step {step}: sample: {t.sample_prompts[-1]}{texts[-1]!r}")
+    return texts[-1]
+
+
+def tell_end(
+    run: Run, at: Position, last: Evaluation | None, sample: str | None, *, seconds: float, stopped: str | None
+) -> None:
+    """Write the summary: to the terminal, to the log, and as `summary.json`."""
+    if not run.world.is_main:
+        run.tracker.finish()
+        return
+    step = run.engine.updates
+    newest = next((folder for _, folder in candidates(run.folder.checkpoints)), None)
+    summary = Summary(
+        run_folder=run.folder.path, steps=step, total_steps=run.config.train.steps, seconds=seconds, tokens=at.tokens,
+        metrics=run.folder.path / "metrics.jsonl", resume_command=f"distllm train {run.folder.path}",
+        val_loss=last.loss if last else None, val_perplexity=last.perplexity if last else None,
+        val_accuracy=last.accuracy if last else None, unigram_loss=run.samples.unigram_loss() if last else None,
+        best_val_loss=at.best_val_loss, best_step=at.best_step, skipped=at.skipped, checkpoint=newest,
+        prompt=run.config.train.sample_prompts[-1] if sample else "", sample=sample,
+        tokens_per_s=(at.tokens - run.start.tokens) / max(seconds, 1e-9), stopped=stopped,
+    )  # fmt: skip
+    run.tracker.summary({k: v for k, v in vars(summary).items() if isinstance(v, int | float)})
+    print(render_summary(summary, terminal=sys.stdout.isatty()))
+    run.tracker.finish()

@@ -1,0 +1,224 @@
+"""Using what was trained: a run, a checkpoint or a Hugging Face folder to evaluate, to write text, or to export.
+
+Everything here runs in one process; a checkpoint of any layout is read whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distllm.checkpoint.find import Found, find, read_full
+from distllm.checkpoint.hf import export
+from distllm.config.errors import DataError
+from distllm.config.schema import Config
+from distllm.data.batch import IGNORE, Batch
+from distllm.evaluate import Evaluation, evaluate
+from distllm.generate import decode_stream, encode_prompts, sample_text, stream
+from distllm.models.build import initial_tensors, meta_model, resolve_spec
+from distllm.models.inference import load_for_inference
+from distllm.models.spec import ModelSpec
+from distllm.parallel.parallelize import fill
+from distllm.train.folder import read_config, read_tokenizer
+from distllm.train.objectives import causal_lm
+
+log = logging.getLogger("distllm")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model that was found on disk, ready to compute."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    max_len: int | None
+    """The most tokens that the model takes at once."""
+    seq_len: int
+    """The length to evaluate at."""
+
+
+def open_source(source: str, *, device: str = "auto") -> Source:
+    """Load a model for evaluation and generation.
+
+    Args:
+        source: a run folder (its newest good checkpoint), a checkpoint folder, or a folder or hub name of transformers.
+        device: auto, cpu or cuda; a model larger than the device is spread over the machine by accelerate.
+
+    Raises:
+        CheckpointError: the run has no good checkpoint, or the one named is torn.
+        DataError: a model folder that cannot be used.
+    """
+    target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if not is_run(Path(source)):
+        model, tokenizer = load_for_inference(source, device=str(target))
+        limit = getattr(model.config, "max_position_embeddings", None)
+        return Source(source, model, tokenizer, _device_of(model, target), limit, min(limit or 1024, 1024))
+    found = find(Path(source), logger=log)
+    config, spec, tokenizer = _described(found)
+    if target.type == "cuda" and spec.hf_config is not None and _bytes(found) > 0.9 * torch.cuda.mem_get_info()[0]:
+        with tempfile.TemporaryDirectory(prefix="distllm-") as folder:  # accelerate spreads Hugging Face folders
+            export_source(source, Path(folder) / "model")
+            model, _ = load_for_inference(Path(folder) / "model", device=str(target))
+    else:
+        model = _filled(found, spec, seed=config.seed, device=target)
+    name = f"{source}, step {found.step}"
+    return Source(name, model.eval(), tokenizer, _device_of(model, target), spec.max_seq_len, config.data.seq_len)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run or a checkpoint of distllm, and not a folder of transformers."""
+    return any((path / name).exists() for name in ("manifest.json", "checkpoints")) or path.name.startswith("step-")
+
+
+def evaluate_source(source: str, *, texts: Sequence[Path], batch: int = 8, device: str = "auto") -> dict[str, Any]:
+    """Loss, perplexity and accuracy on texts.
+
+    Args:
+        source: as in `open_source`.
+        texts: files of UTF-8 text; each is one document, cut into windows of the model's length that do not overlap.
+        batch: windows at once.
+        device: as in `open_source`.
+
+    Returns:
+        val_loss (nats a token), val_perplexity, val_accuracy, val_tokens, bits_per_byte, source.
+    """
+    opened = open_source(source, device=device)
+    documents = [_read_text(path) for path in texts]
+    rows = [row for text in documents for row in _windows(opened, text)]
+    if not rows:
+        raise DataError(f"{', '.join(map(str, texts))}: no text to evaluate")
+
+    @torch.no_grad()
+    def terms(piece: Batch) -> Any:
+        return causal_lm(opened.model(**piece.inputs), piece)
+
+    result: Evaluation = evaluate(terms, _batches(rows, batch), group=None, device=opened.device)
+    size = sum(len(text.encode()) for text in documents)
+    bits = result.loss * result.tokens / size / 0.6931471805599453
+    return {"source": opened.name, **result.as_metrics(), "bits_per_byte": bits}
+
+
+def generate_source(
+    source: str,
+    *,
+    prompts: Sequence[str],
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 1,
+    device: str = "auto",
+) -> Iterator[str]:
+    """Continue prompts.
+
+    Args:
+        source: as in `open_source`.
+        prompts: one is streamed piece by piece; several are continued as one batch and given whole, in order.
+        max_tokens: new tokens, at most.
+        temperature: 0 is greedy.
+        top_k: choose among this many likeliest tokens; 0: all.
+        top_p: choose among the fewest tokens whose probabilities reach this; 1: all.
+        seed: of the choices.
+        device: as in `open_source`.
+
+    Yields:
+        Pieces of text of the one prompt, or a whole text for each of several; without the prompts.
+    """
+    opened = open_source(source, device=device)
+    generator = torch.Generator(opened.device).manual_seed(seed)
+    if len(prompts) > 1:
+        yield from sample_text(
+            opened.model, tokenizer=opened.tokenizer, prompts=prompts, max_tokens=max_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, max_len=opened.max_len, generator=generator, device=opened.device,
+        )  # fmt: skip
+        return
+    ids, mask = encode_prompts(opened.tokenizer, prompts, device=opened.device)
+    tokens = stream(
+        opened.model, input_ids=ids, attention_mask=mask, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, eos_id=opened.tokenizer.eos_token_id, vocab_size=len(opened.tokenizer), max_len=opened.max_len,
+        generator=generator,
+    )  # fmt: skip
+    yield from decode_stream(opened.tokenizer, (int(token[0]) for token in tokens))
+
+
+def export_source(source: str, folder: Path) -> Path:
+    """Write a run's or a checkpoint's model as a folder that plain transformers loads.
+
+    Raises:
+        CheckpointError: there is no good checkpoint.
+        DataError: the folder holds something else.
+    """
+    found = find(Path(source), logger=log)
+    _, spec, _ = _described(found)
+    tensors = read_full(found, names_prefix="model.")
+    export(folder, tensors=tensors, spec=spec, tokenizer_folder=_tokenizer_folder(found))
+    return folder
+
+
+def _described(found: Found) -> tuple[Config, ModelSpec, Any]:
+    """The config, the spec and the tokenizer of a checkpoint."""
+    config = read_config(found.folder)
+    tokenizer = read_tokenizer(_tokenizer_folder(found))
+    return config, resolve_spec(config, vocab_size=len(tokenizer)), tokenizer
+
+
+def _tokenizer_folder(found: Found) -> Path:
+    folder = found.folder.parent.parent / "tokenizer"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: missing; a checkpoint is used from inside its run folder, RUN/checkpoints/step-N")
+    return folder
+
+
+def _filled(found: Found, spec: ModelSpec, *, seed: int, device: torch.device) -> nn.Module:
+    """The model with a checkpoint's tensors; what is not kept in one (rotary tables) is computed."""
+    model = meta_model(spec)
+    saved = dict(read_full(found, names_prefix="model."))
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    rest = set(names) - saved.keys()
+    computed = {name: t for name, t in initial_tensors(spec, seed=seed) if name in rest} if rest else {}
+    fill(model, ((name, saved[name] if name in saved else computed[name]) for name in names), device=device)
+    return model
+
+
+def _bytes(found: Found) -> int:
+    return sum(file.size for file in found.manifest.files.values())
+
+
+def _device_of(model: nn.Module, fallback: torch.device) -> torch.device:
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), fallback)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text") from None
+
+
+def _windows(source: Source, text: str) -> Iterator[tuple[list[int], list[int]]]:
+    """Inputs and labels of a text, seq_len at a time, every token predicted once but the very first."""
+    ids: list[int] = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for start in range(0, len(ids) - 1, source.seq_len):
+        inputs = ids[start : start + source.seq_len]
+        labels = ids[start + 1 : start + source.seq_len + 1]
+        padding = source.seq_len - len(labels)
+        yield inputs[: len(labels)] + [0] * padding, labels + [IGNORE] * padding
+
+
+def _batches(rows: list[tuple[list[int], list[int]]], size: int) -> Iterator[Batch]:
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        inputs, labels = torch.tensor([r[0] for r in part]), torch.tensor([r[1] for r in part])
+        yield Batch({"input_ids": inputs}, {"labels": labels}, tuple(range(start, start + len(part))))

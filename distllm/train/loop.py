@@ -1,0 +1,158 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import replace
+
+from distllm.comm import Agreement
+from distllm.config.errors import EXIT_OK, EXIT_STOPPED, DivergedError
+from distllm.data.batch import Batch
+from distllm.data.loader import step_batches, validation_batches
+from distllm.engine.base import Skipped, StepOut
+from distllm.evaluate import Evaluation, evaluate
+from distllm.track.progress import Progress
+from distllm.train.build import Position, Run, save
+from distllm.train.ending import sample_text, tell_end
+from distllm.train.signals import StopRequest
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens at `step`."""
+    return every > 0 and step % every == 0
+
+
+def train(run: Run) -> int:
+    """Train until the last step, or until asked to stop; the state is saved either way.
+
+    Returns:
+        EXIT_OK after the last step, EXIT_STOPPED when a signal stopped it.
+
+    Raises:
+        DivergedError: `train.max_skips` steps in a row were not finite; the last good checkpoint stands.
+    """
+    t, every, engine, meter = run.config.train, run.config.checkpoint.every, run.engine, run.meter
+    at, step, clock = run.start, engine.updates, _Clock(run.start.seconds)
+    agreement, stopping = Agreement(run.world, flags=2), False
+    bar = Progress(t.steps, start=step, terminal=run.world.is_main)
+    with StopRequest() as request, bar, closing(_step_batches(run)) as batches:
+        while step < t.steps and not stopping:
+            with meter.waiting():
+                microbatches = next(batches)
+            out = engine.train_step(microbatches, samples=range(at.samples, at.samples + run.resolved.global_batch))
+            meter.step(out.tokens)
+            at = replace(at, samples=at.samples + run.resolved.global_batch, tokens=at.tokens + out.tokens)
+            skipped = out.skipped if engine.step < t.steps else out.skipped + engine.settle()  # the last one counts
+            at = _tell_skips(run, at, skipped)
+            before, step = step, engine.step
+            stopping, late = agreement.exchange([request.received is not None, clock.late(run.config.checkpoint.every_minutes)])
+            fresh = step > before  # a skipped step is as if it had never been taken: what was due was done
+            if fresh and (due(step, t.log_every) or step == t.steps):
+                bar.advance(step, _log_step(run, step, at, out, clock))
+            if fresh and due(step, t.eval_every) and step < t.steps:
+                at, _ = validate(run, step, at, limit=t.eval_batches)
+            if fresh and due(step, t.sample_every) and step < t.steps:
+                sample_text(run, step)
+            if (fresh and (due(step, every) or step == t.steps)) or late or stopping:
+                with meter.pause():
+                    save(run, position=replace(at, seconds=clock.total()))
+                clock.saved()
+        agreement.last()
+    last, sample = None, None
+    if not stopping:
+        at, last = validate(run, step, at, limit=0)
+        sample = sample_text(run, step)
+    run.checkpoints.wait()
+    tell_end(run, at, last, sample, seconds=clock.attempt(), stopped=(request.received or "another rank") if stopping else None)
+    return EXIT_STOPPED if stopping else EXIT_OK
+
+
+def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position, Evaluation]:
+    """Evaluate on the validation samples and record the result.
+
+    Args:
+        run: the run.
+        step: the present step.
+        at: the position, for the best loss so far.
+        limit: micro-batches a rank evaluates; 0: all.
+
+    Returns:
+        The position with the best loss brought up to date, and the evaluation.
+    """
+    with run.meter.pause():
+        batches = validation_batches(
+            run.samples, micro_batch=run.resolved.micro_batch, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size,
+            limit=limit,
+        )  # fmt: skip
+        result = evaluate(run.engine.eval_step, batches, group=run.mesh.dp_group, device=run.world.device)
+    run.tracker.log(step, result.as_metrics())
+    accuracy = "" if result.accuracy is None else f", accuracy {100 * result.accuracy:.1f} %"
+    run.log.info(f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{accuracy}")
+    if at.best_val_loss is None or result.loss < at.best_val_loss:
+        at = replace(at, best_val_loss=result.loss, best_step=step)
+    return at, result
+
+
+def _step_batches(run: Run) -> Generator[list[Batch]]:
+    return step_batches(
+        run.samples, start=run.start.samples, micro_batch=run.resolved.micro_batch,
+        accumulation=run.resolved.accumulation, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size,
+        prefetch=run.config.data.prefetch, pin=run.world.device.type == "cuda",
+    )  # fmt: skip
+
+
+def _log_step(run: Run, step: int, at: Position, out: StepOut, clock: _Clock) -> str:
+    """Record a step's figures; the one place where the host waits for the device. Returns the progress bar's text."""
+    loss, norm = float(out.loss), float(out.grad_norm)
+    speed = run.meter.read()
+    run.tracker.log(
+        step,
+        {"samples": at.samples, "tokens": at.tokens, "loss": loss, "grad_norm": norm, "lr": out.lr, **speed,
+         "skipped": at.skipped, "time_s": clock.total()},
+    )  # fmt: skip
+    rate, wait = speed.get("tokens_per_s"), speed.get("data_wait_share")
+    text = f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else "")
+    mfu = speed.get("mfu")
+    line = f"step {step}/{run.config.train.steps}: {text}, gradient norm {norm:.3f}, lr {out.lr:.3g}"
+    line += f", data wait {100 * wait:.2f} %" if wait is not None else ""
+    run.log.info(line + (f", MFU {100 * mfu:.1f} %" if mfu else ""))
+    return text
+
+
+def _tell_skips(run: Run, at: Position, skipped: tuple[Skipped, ...]) -> Position:
+    """Log skipped steps with their samples, and end the run when there are too many in a row."""
+    for skip in skipped:
+        run.log.warning(
+            f"step {run.engine.updates + 1} skipped: {skip.reason}; samples {skip.samples.start} to {skip.samples.stop - 1}"
+        )
+    if run.engine.skips_in_a_row >= run.config.train.max_skips:
+        run.checkpoints.wait()
+        newest = run.checkpoints.newest()
+        raise DivergedError(
+            f"{run.engine.skips_in_a_row} steps in a row had a loss or gradient that is not finite (train.max_skips="
+            f"{run.config.train.max_skips}); the weights are as before them; newest good checkpoint: "
+            f"{newest.folder if newest else 'none yet'}; try a lower optim.lr, or look at the samples in {run.folder.path}/logs"
+        )
+    return replace(at, skipped=at.skipped + len(skipped))
+
+
+class _Clock:
+    """Seconds of this attempt and of the whole run, and whether a checkpoint by time is due."""
+
+    def __init__(self, before: float) -> None:
+        self._before = before
+        self._began = self._saved = time.monotonic()
+
+    def attempt(self) -> float:
+        return time.monotonic() - self._began
+
+    def total(self) -> float:
+        return self._before + self.attempt()
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+    def late(self, minutes: float) -> bool:
+        return minutes > 0 and time.monotonic() - self._saved >= 60.0 * minutes

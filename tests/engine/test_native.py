@@ -1,0 +1,101 @@
+"""The same tokens give the same losses, gradients and weights under every data-parallel layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distllm.comm import World
+from distllm.config.schema import ActivationConfig, OptimConfig, PrecisionConfig
+from tests.ranks import on_ranks
+from tests.toy import Settings, run_toy, toy_batch, toy_engine
+
+ONE = World(0, 1, 0, 1, torch.device("cpu"))
+SGD = OptimConfig(name="sgd", lr=0.05, momentum=0.9, weight_decay=0.01, clip=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same(result: dict[str, Any], reference: dict[str, Any], *, weights: float) -> None:
+    assert reference["losses"][0] != reference["losses"][-1]
+    np.testing.assert_allclose(result["losses"], reference["losses"], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(result["norms"], reference["norms"], rtol=2e-6, atol=0)
+    assert result["weights"].keys() == reference["weights"].keys()
+    for name, value in reference["weights"].items():
+        assert np.abs(value).max() > 0
+        np.testing.assert_allclose(result["weights"][name], value, rtol=0, atol=weights, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, Settings(optim=SGD, accumulation=4)),
+        (1, Settings(optim=SGD, activation=ActivationConfig(mode="full"))),
+        (1, Settings(optim=SGD, activation=ActivationConfig(mode="every", every=2))),
+        (2, Settings(optim=SGD, replicate=2)),
+        (2, Settings(optim=SGD, replicate=2, accumulation=2)),
+        (2, Settings(optim=SGD, shard=2)),
+        (2, Settings(optim=SGD, shard=2, accumulation=4)),
+        (2, Settings(optim=SGD, shard=2, reshard=False, accumulation=2)),
+        (2, Settings(optim=SGD, shard=2, activation=ActivationConfig(mode="full"))),
+        (4, Settings(optim=SGD, replicate=4, accumulation=2)),
+        (4, Settings(optim=SGD, shard=4)),
+        (4, Settings(optim=SGD, replicate=2, shard=2, accumulation=2)),
+    ],
+    ids=str,
+)
+def test_any_split_of_the_same_tokens_is_the_same_run(ranks: int, settings: Settings, tmp_path: Path) -> None:
+    reference = run_toy(ONE, Settings(optim=SGD))
+    for result in on_ranks(lambda world: run_toy(world, settings), ranks, tmp_path):
+        np.testing.assert_allclose(result["losses"], reference["losses"], rtol=0, atol=2e-6)
+    result = on_ranks(lambda world: run_toy(world, settings), ranks, tmp_path)[0]
+    assert_same(result, reference, weights=2e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "rmsprop", "lion"])
+def test_every_optimizer_trains_alike_when_sharded(name: Any, tmp_path: Path) -> None:
+    optim = OptimConfig(name=name, lr=1e-3, clip=0.5, l1=1e-4, l2=1e-3)
+    reference = run_toy(ONE, Settings(optim=optim), steps=4)
+    result = on_ranks(lambda world: run_toy(world, Settings(optim=optim, shard=2), steps=4), 2, tmp_path)[0]
+    np.testing.assert_allclose(result["losses"], reference["losses"], rtol=0, atol=5e-6)
+
+
+def test_two_ranks_ddp_and_fsdp_agree_bitwise(tmp_path: Path) -> None:
+    ddp = on_ranks(lambda world: run_toy(world, Settings(replicate=2)), 2, tmp_path)[0]
+    fsdp = on_ranks(lambda world: run_toy(world, Settings(shard=2)), 2, tmp_path)[0]
+    assert ddp["losses"] == fsdp["losses"]
+    for name, value in ddp["weights"].items():
+        np.testing.assert_allclose(fsdp["weights"][name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", [{}, {"replicate": 2}, {"shard": 2}])
+def test_low_precision_stays_near_fp32(compute: Any, layout: dict[str, int], tmp_path: Path) -> None:
+    reference = run_toy(ONE, Settings())
+    ranks = 2 if layout else 1
+    settings = Settings(precision=PrecisionConfig(compute=compute, initial_loss_scale=256.0), **layout)
+    result = on_ranks(lambda world: run_toy(world, settings), ranks, tmp_path)[0]
+    assert result["updates"] == 3
+    np.testing.assert_allclose(result["losses"], reference["losses"], rtol=0, atol=5e-2)
+    assert result["losses"] != reference["losses"]  # the products really ran in the low precision
+    assert all(value.dtype == np.float32 for value in result["weights"].values())
+
+
+def test_tied_weights_stay_tied_and_buffers_arrive(tmp_path: Path) -> None:
+    def check(world: World) -> tuple[bool, float]:
+        engine = toy_engine(world, Settings(shard=2))
+        engine.train_step([toy_batch([world.rank])], samples=range(2))
+        model = engine.parallel.model
+        return model.get_parameter("embed.weight") is model.get_parameter("head.weight"), float(model.get_buffer("scale"))
+
+    assert on_ranks(check, 2, tmp_path) == [(True, 2.0)] * 2
