@@ -20,9 +20,15 @@ class ModelSpec:
     name: str
     """What to call it in logs, such as its `model_type`."""
     build: Callable[[], nn.Module]
-    """Makes the module, fp32, tied weights tied; legal under `torch.device("meta")`. Called as `forward(**batch.inputs)`; returns logits [B, S, V] or an object with `.logits`."""
+    """Makes the module, fp32, tied weights tied; legal under `torch.device("meta")`.
+
+    Its forward is called with `**batch.inputs` and returns logits [B, S, V] or an object with `.logits`.
+    """
     init: Callable[[nn.Module], None]
-    """Initialises the parameters and buffers that one module owns itself; called on every module, children before parents, as in `Module.apply`."""
+    """Initialises the parameters and buffers that one module owns itself.
+
+    It is called on every module, children before parents, as in `Module.apply`.
+    """
     blocks: tuple[str, ...]
     """The paths of the lists of equal blocks: ("model.layers",). A block is the unit of sharding, checkpointing and compiling."""
     embedding: str | None = None

@@ -25,7 +25,7 @@ from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh, build_mesh
 from distllm.parallel.parallelize import Parallel, parallelize
-from distllm.track.log import open_log
+from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
 from distllm.train.folder import RunFolder, claim
@@ -142,6 +142,12 @@ def save(run: Run, *, position: Position) -> None:
         run.engine.updates, run.engine.state(), facts=facts, rng=random_state(run.world.device),
         layout=dict(run.mesh.sizes), config_yaml=to_yaml(run.config), config_digest=digest(run.config),
     )  # fmt: skip
+
+
+def close(run: Run, *, code: int = 0) -> None:
+    """Close the run's files and its W&B run; `code` is what the process will exit with."""
+    run.tracker.finish(code)
+    close_log(run.log)
 
 
 def _data(config: Config, world: World) -> Prepared:

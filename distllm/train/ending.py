@@ -46,13 +46,12 @@ def tell_end(
 ) -> None:
     """Write the summary: to the terminal, to the log, and as `summary.json`."""
     if not run.world.is_main:
-        run.tracker.finish()
         return
     step = run.engine.updates
     newest = next((folder for _, folder in candidates(run.folder.checkpoints)), None)
     summary = Summary(
         run_folder=run.folder.path, steps=step, total_steps=run.config.train.steps, seconds=seconds, tokens=at.tokens,
-        metrics=run.folder.path / "metrics.jsonl", resume_command=f"distllm train {run.folder.path}",
+        metrics=run.folder.path / "metrics.jsonl", resume_command=f"distllm train {run.folder.path / 'config.yaml'}",
         val_loss=last.loss if last else None, val_perplexity=last.perplexity if last else None,
         val_accuracy=last.accuracy if last else None, unigram_loss=run.samples.unigram_loss() if last else None,
         best_val_loss=at.best_val_loss, best_step=at.best_step, skipped=at.skipped, checkpoint=newest,
@@ -60,5 +59,4 @@ def tell_end(
         tokens_per_s=(at.tokens - run.start.tokens) / max(seconds, 1e-9), stopped=stopped,
     )  # fmt: skip
     run.tracker.summary({k: v for k, v in vars(summary).items() if isinstance(v, int | float)})
-    print(render_summary(summary, terminal=sys.stdout.isatty()))
-    run.tracker.finish()
+    print(render_summary(summary, terminal=sys.stdout.isatty()), flush=True)

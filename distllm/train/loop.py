@@ -14,7 +14,7 @@ from distllm.data.loader import step_batches, validation_batches
 from distllm.engine.base import Skipped, StepOut
 from distllm.evaluate import Evaluation, evaluate
 from distllm.track.progress import Progress
-from distllm.train.build import Position, Run, save
+from distllm.train.build import Position, Run, close, save
 from distllm.train.ending import sample_text, tell_end
 from distllm.train.signals import StopRequest
 
@@ -65,8 +65,10 @@ def train(run: Run) -> int:
         at, last = validate(run, step, at, limit=0)
         sample = sample_text(run, step)
     run.checkpoints.wait()
+    code = EXIT_STOPPED if stopping else EXIT_OK
     tell_end(run, at, last, sample, seconds=clock.attempt(), stopped=(request.received or "another rank") if stopping else None)
-    return EXIT_STOPPED if stopping else EXIT_OK
+    close(run, code=code)
+    return code
 
 
 def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position, Evaluation]:

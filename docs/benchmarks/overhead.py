@@ -103,9 +103,11 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=1, help="more than one adds the waiting of threads to CPU time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     keep_memory()
+    torch.set_num_threads(args.threads)
     config = Config(
         model=ModelConfig(type="llama", sizes=SIZES), data=DataConfig(seq_len=args.seq_len),
         optim=OptimConfig(lr=1e-4), schedule=ScheduleConfig(warmup=0),
@@ -117,9 +119,11 @@ def main() -> None:
     bare_model = copy.deepcopy(ours_model)
     bare = bare_loop(bare_model, config)
     generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(0, args.vocab, (args.micro_batch, args.seq_len + 1), generator=generator) for _ in range(args.accumulation)]
+    shape = (args.micro_batch, args.seq_len + 1)
+    tokens = [torch.randint(0, args.vocab, shape, generator=generator) for _ in range(args.accumulation)]
     inputs, labels = [t[:, :-1].contiguous() for t in tokens], [t[:, 1:].contiguous() for t in tokens]
-    batches = [Batch({"input_ids": i}, {"labels": a}, tuple(range(args.micro_batch))) for i, a in zip(inputs, labels, strict=True)]
+    ids = tuple(range(args.micro_batch))
+    batches = [Batch({"input_ids": i}, {"labels": a}, ids) for i, a in zip(inputs, labels, strict=True)]
 
     def measure(side: str) -> float:
         begin = time.process_time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_values_in_the_middle() -> None:
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd", "inverse_sqrt"])
 def test_after_the_warm_up_it_never_rises(name: str) -> None:
     rates = [rate(s, name=name) for s in range(10, STEPS)]
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False)) and rates[0] > rates[-1]
+    assert all(a >= b for a, b in pairwise(rates)) and rates[0] > rates[-1]
 
 
 def test_no_warm_up_starts_at_the_peak() -> None:

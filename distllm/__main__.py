@@ -1,0 +1,5 @@
+"""`python -m distllm` is `distllm`."""
+
+from distllm.cli import main
+
+main()

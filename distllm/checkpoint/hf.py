@@ -1,0 +1,233 @@
+"""Export: a folder that plain transformers loads, or safetensors of a module of the user's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from distllm.config.errors import DataError, StorageError
+from distllm.models.build import meta_model
+from distllm.models.spec import ModelSpec
+from distllm.models.weights import persistent_names
+
+MARKER = "distllm.json"
+"""The file by which a folder is known as an export, so that a new export may replace it."""
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_*")
+
+
+def export(
+    folder: Path,
+    *,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    spec: ModelSpec,
+    tokenizer_folder: Path | None,
+    dtype: torch.dtype = torch.float32,
+    max_file_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model as safetensors with its config and tokenizer; the folder appears whole or not at all.
+
+    One file's worth of tensors is in memory at a time. Call it on one rank; the others only walk their iterator.
+
+    Args:
+        folder: the target; it may be missing, empty, or an earlier export, which is replaced.
+        tensors: every parameter and persistent buffer by full name, whole, on the CPU; others are left out.
+        spec: the model; without `hf_config` the folder holds safetensors and `distllm.json` only.
+        tokenizer_folder: a tokenizer in transformers' format to copy, or None.
+        dtype: the floating-point format to write the parameters in.
+        max_file_bytes: the largest file to write, unless one tensor is larger.
+
+    Raises:
+        StorageError: the target holds something else, or cannot be written.
+    """
+    check_target(folder)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write_tensors(partial, tensors, spec, dtype, max_file_bytes)
+        if spec.hf_config is not None:
+            _write_config(partial, spec, tokenizer_folder, dtype)
+        if tokenizer_folder is not None:
+            _copy(tokenizer_folder, partial, TOKENIZER_FILES)
+        facts = {"model": spec.name, "vocab_size": spec.vocab_size, "max_seq_len": spec.max_seq_len, "dtype": _text(dtype)}
+        (partial / MARKER).write_text(json.dumps({"format": "export", **facts}, indent=2) + "\n")
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        _replace(folder, partial)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a target that holds anything but an earlier export; called first, before long work.
+
+    Raises:
+        StorageError: the folder is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder}: is a file; give a folder for the export")
+    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
+        raise StorageError(f"{folder}: is not empty and no earlier export; give another folder")
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / MARKER).read_text()).get("format") == "export")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Put the finished folder in place; the earlier export goes only after the new one stands."""
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(
+    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], spec: ModelSpec, dtype: torch.dtype, limit: int
+) -> None:
+    """Write the tensors into as many files as needed, and their index."""
+    model = meta_model(spec)
+    lost = set(persistent_names(model))
+    where: dict[str, int] = {}
+    waiting: dict[str, torch.Tensor] = {}
+    total = number = 0
+    for name, value in _in_file_format(_persistent(tensors, lost, dtype), spec, model):
+        size = value.numel() * value.element_size()
+        if waiting and sum(t.numel() * t.element_size() for t in waiting.values()) + size > limit:
+            save_file(waiting, folder / f"part-{number}", metadata={"format": "pt"})
+            number, waiting = number + 1, {}
+        waiting[name], where[name] = value, number
+        total += size
+    assert not lost, f"the tensors to export lack {sorted(lost)[:5]}"
+    save_file(waiting, folder / f"part-{number}", metadata={"format": "pt"})
+    if number == 0:
+        os.rename(folder / "part-0", folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{number + 1:05d}.safetensors" for i in range(number + 1)]
+    for i, name in enumerate(names):
+        os.rename(folder / f"part-{i}", folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in sorted(where.items())}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _persistent(
+    tensors: Iterator[tuple[str, torch.Tensor]], lost: set[str], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that belong into a file, in the wanted format; takes each name off `lost`."""
+    for name, value in tensors:
+        if name in lost:
+            lost.discard(name)
+            yield name, value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+
+
+def _in_file_format(
+    tensors: Iterator[tuple[str, torch.Tensor]], spec: ModelSpec, model: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and shapes as the family's public checkpoints have them (experts one by one), a block at a time."""
+    if spec.hf_config is None:
+        yield from ((name, value.contiguous()) for name, value in tensors)
+        return
+    from transformers.core_model_loading import revert_weight_conversion
+
+    unit: dict[str, torch.Tensor] = {}
+    last = None
+    for name, value in tensors:
+        block = _block_of(name, spec)
+        if unit and (block is None or block != last):
+            yield from _own_memory(revert_weight_conversion(model, unit))
+            unit = {}
+        unit[name], last = value, block
+    yield from _own_memory(revert_weight_conversion(model, unit))
+
+
+def _own_memory(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copies where tensors are views of one another, which safetensors refuses."""
+    for name, value in tensors.items():
+        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        yield name, value if whole else value.clone(memory_format=torch.contiguous_format)
+
+
+def _block_of(name: str, spec: ModelSpec) -> str | None:
+    """The path of the block that a parameter belongs to: "model.layers.3"; None outside blocks."""
+    for path in spec.blocks:
+        if name.startswith(f"{path}."):
+            return f"{path}.{name[len(path) + 1 :].partition('.')[0]}"
+    return None
+
+
+def _write_config(folder: Path, spec: ModelSpec, tokenizer_folder: Path | None, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json, with the tokenizer's special ids."""
+    import transformers
+
+    from distllm.models.hf import quiet
+
+    config = copy.deepcopy(spec.hf_config)
+    config.use_cache = True
+    config.dtype = _text(dtype)
+    with quiet():
+        generation = _generation_config(spec)
+        if tokenizer_folder is not None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+            _check_vocabulary(tokenizer, spec, tokenizer_folder)
+            # The model's own ids win: a chat model ends its turn with another token than its tokenizer's. A padding id
+            # stays out of config.json, because a model that finds one there builds an embedding with a frozen row.
+            for target, key in [(c, k) for c in (config, generation) for k in ("bos_token_id", "eos_token_id")]:
+                if getattr(target, key, None) is None:
+                    setattr(target, key, getattr(tokenizer, key, None))
+            if generation.pad_token_id is None:
+                generation.pad_token_id = tokenizer.pad_token_id
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+    if spec.weights is not None and getattr(config, "auto_map", None):
+        _copy(spec.weights, folder, ("*.py",))
+
+
+def _generation_config(spec: ModelSpec) -> Any:
+    import transformers
+
+    if spec.weights is not None and (spec.weights / "generation_config.json").is_file():
+        return transformers.GenerationConfig.from_pretrained(spec.weights)
+    return transformers.GenerationConfig.from_model_config(spec.hf_config)
+
+
+def _check_vocabulary(tokenizer: Any, spec: ModelSpec, folder: Path) -> None:
+    if spec.vocab_size is not None and len(tokenizer) > spec.vocab_size:
+        raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {spec.vocab_size}")
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or folder to the disk before a rename makes it count."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

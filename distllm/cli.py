@@ -1,0 +1,414 @@
+"""The commands. Each imports what it needs inside itself, so that help and config errors come at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distllm.config.errors import (
+    EXIT_BUG,
+    EXIT_CONFIG,
+    EXIT_OK,
+    EXIT_STORAGE,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DistllmError,
+)
+
+if TYPE_CHECKING:
+    from distllm.comm import World
+    from distllm.config.load import Loaded
+    from distllm.config.schema import Config
+
+EXIT_INTERRUPTED = 130
+_EPILOG = (
+    "Exit codes: 0 done · 1 a fault of distllm's own · 2 command line or config · 3 data, tokenizer or model files · "
+    "4 checkpoint · 5 diverged · 6 disk full or not writable · 75 stopped by a signal after saving (the same command "
+    "continues) · 130 interrupted. --debug, anywhere, shows the traceback of an error."
+)
+_STORAGE = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission", errno.EPERM: "not permitted", errno.EIO: "the disk reports an error",
+    errno.EFBIG: "the file is too large for this file system",
+}  # fmt: skip
+
+app = typer.Typer(
+    name="distllm",
+    help="Train language models: on a laptop, on one GPU, on many.",
+    epilog=_EPILOG,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a run folder to go on with.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Values in place of the file's: train.steps=100 optim.lr=1e-3"),
+]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[key] [key=value]...", help="Keys or sections, and overrides.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A run, a checkpoint, or a Hugging Face folder or hub name.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Ranks to start here; else as the layout says, or one a GPU.")]
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line, telling errors on stderr, and return its exit code (see `config/errors.py`)."""
+    debug = "--debug" in argv
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # click's own, or the copy that newer typers carry
+    try:
+        result = app([a for a in argv if a != "--debug"] or ["--help"], prog_name="distllm", standalone_mode=False)
+        code = result if isinstance(result, int) else EXIT_OK
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else EXIT_BUG
+    except usage_error as error:
+        path = getattr(getattr(error, "ctx", None), "command_path", "distllm")
+        _say(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help")
+        return EXIT_CONFIG
+    except BaseException as error:  # DCP's CheckpointException is no Exception
+        return tell(error, debug=debug, silent=_later_rank() and isinstance(error, DistllmError))
+    if code == EXIT_INTERRUPTED and "DISTLLM_INIT_METHOD" not in os.environ:  # of local ranks, the launcher tells it
+        _say("interrupted")
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _common(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if version:
+        from distllm import __version__
+
+        print(f"distllm {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise typer.BadParameter("a command is missing", ctx=context)
+
+
+@app.command(epilog=_EPILOG)
+def prepare(config: ConfigFile, overrides: Overrides = None) -> int:
+    """Turn text into tokens on disk (train does it too, when they are missing)."""
+    loaded = _checked(config, overrides)
+    from distllm.data.prepare import prepare as prepare_data
+
+    prepared = prepare_data(loaded.config, progress=True)
+    held = sum(store.n_tokens for store in prepared.validation_stores)
+    print(f"tokens      {sum(store.n_tokens for store in prepared.stores):,}" + (f" and {held:,} for validation" if held else ""))
+    print(f"vocabulary  {prepared.vocab_size:,}")
+    print(f"tokenizer   {prepared.tokenizer_folder}")
+    print(f"next        distllm train {config}")
+    return EXIT_OK
+
+
+@app.command(epilog=_EPILOG)
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the commands that would run, and run nothing.")] = False,
+) -> int:
+    """Train a model here: in one process, on all local devices, or as a rank under torchrun."""
+    from distllm import launch
+    from distllm.config.check import check, ranks_for
+
+    loaded = _checked(config, overrides)
+    inherited = _world_size()
+    argv = ["train", str(config), *(overrides or [])] + ["--debug"] * ("--debug" in sys.argv)
+    if inherited is None:
+        count = processes or ranks_for(loaded.config, devices=_local_devices(loaded.config))
+    else:
+        count = inherited
+        if processes not in (None, inherited):
+            raise ConfigError([f"--processes={processes}: a launcher has already started {inherited} (WORLD_SIZE); leave it out"])
+    problems = check(loaded.config, world_size=count)
+    if problems:
+        raise ConfigError(problems)
+    if show:
+        print("\n".join(launch.local_commands(argv, 1 if inherited else count)))
+        return EXIT_OK
+    if inherited is not None or count == 1:
+        return run_train(loaded)
+    return launch.local_ranks(argv, count)
+
+
+@app.command("eval", epilog=_EPILOG)
+def evaluate(
+    source: Source,
+    text: Annotated[list[Path] | None, typer.Option(help="A UTF-8 text file to measure on; may be given again.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    device: Device = "auto",
+) -> int:
+    """Measure a model on text: loss, perplexity, token accuracy, bits per byte."""
+    _must_exist(source)
+    if not text:
+        raise ConfigError(["--text: at least one text file must be given; nearest: --text FILE"])
+    for file in text:
+        if not file.is_file():
+            raise DataError(f"{file}: no such text file")
+    from distllm.train.inference import evaluate_source
+
+    for name, value in evaluate_source(source, texts=text, batch=batch, device=_device(device)).items():
+        shown = value if isinstance(value, str) else f"{value:,.0f}" if name.endswith("tokens") else f"{value:.4f}"
+        print(f"{name:<16}{shown}")
+    print(f"{'next':<16}distllm generate {source} --prompt '...'")
+    return EXIT_OK
+
+
+@app.command(epilog=_EPILOG)
+def generate(
+    source: Source,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; - reads stdin. Several make a batch.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each text.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 from all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold this share.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 1,
+    device: Device = "auto",
+) -> int:
+    """Let a model continue a text."""
+    _must_exist(source)
+    prompts = [sys.stdin.read() if p == "-" else p for p in prompt or [""]]
+    target = _device(device)
+    from distllm.train.inference import generate_source
+
+    pieces = generate_source(
+        source, prompts=prompts, max_tokens=max_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p,
+        seed=seed, device=target,
+    )  # fmt: skip
+    if len(prompts) == 1:
+        for number, piece in enumerate(pieces):
+            _write(prompts[0] + piece if number == 0 else piece)  # nothing is shown before the model has loaded
+        _write("\n")
+        return EXIT_OK
+    for number, (start, text) in enumerate(zip(prompts, pieces, strict=True), start=1):
+        _write(f"--- {number}\n{start}{text}\n")
+    return EXIT_OK
+
+
+@app.command(epilog=_EPILOG)
+def export(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run (its newest good checkpoint), or a checkpoint.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT_FOLDER", help="The folder to write; new or empty.")],
+) -> int:
+    """Write a model folder that plain transformers loads."""
+    _must_exist(source)
+    from distllm.train.inference import export_source
+
+    written = export_source(source, folder)
+    print(f"written  {written}")
+    print(f"next     distllm generate {written} --prompt '...'")
+    print(f"         AutoModelForCausalLM.from_pretrained({str(written)!r})")
+    return EXIT_OK
+
+
+@app.command(epilog=_EPILOG)
+def explain(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a run folder.")] = None,
+    words: Words = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Work the batch out for this number of ranks.")] = None,
+) -> int:
+    """Show every value of a config, where it came from, and what it means."""
+    from distllm.config import explain as explaining
+
+    if schema:
+        print(explaining.json_schema(), end="")
+        return EXIT_OK
+    if config is None:
+        raise ConfigError(["CONFIG: must be given; nearest: distllm explain configs/quickstart.yaml"])
+    from distllm.config.check import check, ranks_for
+    from distllm.config.load import load
+
+    loaded = load(config, [word for word in words or [] if "=" in word])
+    ranks = processes or _world_size() or ranks_for(loaded.config, devices=0)
+    explaining.show(loaded, [word for word in words or [] if "=" not in word], ranks=ranks, terminal=sys.stdout.isatty())
+    problems = check(loaded.config, world_size=ranks)
+    if problems:
+        raise ConfigError(problems)
+    return EXIT_OK
+
+
+@app.command(epilog=_EPILOG)
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> int:
+    """Draw the curves of a run as pictures."""
+    if not run_folder.is_dir():
+        _must_exist(f"./{run_folder}" if not run_folder.is_absolute() else str(run_folder))
+    from distllm.report import report as draw
+
+    for path in draw(run_folder):
+        print(path)
+    return EXIT_OK
+
+
+def run_train(loaded: Loaded) -> int:
+    """Train as this rank of the world that the environment describes; errors are told here, once over all ranks.
+
+    Args:
+        loaded: a config that has passed `check`.
+
+    Returns:
+        The exit code. A rank of many does not return: it leaves the process with that code.
+    """
+    from distllm import comm
+    from distllm.train.build import build
+    from distllm.train.loop import train as train_loop
+
+    config = loaded.config
+    try:
+        world = comm.start(config.device, timeout_s=config.train.timeout_s)
+    except DistllmError:
+        raise
+    except ValueError as error:  # a device that this machine does not have
+        raise ConfigError([str(error)]) from error
+    try:
+        code = train_loop(build(config, world))
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BaseException as error:  # DCP's CheckpointException is no Exception
+        code = tell(error, debug="--debug" in sys.argv, silent=not _tells_first(error, world))
+    comm.stop(world, code=code)
+    return code
+
+
+def tell(error: BaseException, *, debug: bool, silent: bool = False) -> int:
+    """Say on stderr what went wrong, a line for each problem, and return the exit code.
+
+    Args:
+        error: what was raised.
+        debug: print its traceback too, on every rank.
+        silent: another rank has told it.
+    """
+    lines, code = _lines(error)
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if not silent:
+        for line in lines:
+            _say(line)
+    return code
+
+
+def _lines(error: BaseException) -> tuple[Iterable[str], int]:
+    if isinstance(error, ConfigError):
+        return error.problems, error.exit_code
+    if isinstance(error, DistllmError):
+        return [_one_line(str(error))], error.exit_code
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        place = f"{error.filename}: " if error.filename else ""
+        remedy = "free some space, or choose another folder with out=... or data.store=..."
+        return [f"{place}{_STORAGE[error.errno]}; {remedy}"], EXIT_STORAGE
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted"], EXIT_INTERRUPTED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return ["the device is out of memory; lower train.micro_batch or data.seq_len, or set activation.mode=full"], EXIT_BUG
+    told = _one_line(f"{type(error).__name__}: {error}")
+    return [f"unexpected error: {told}; --debug shows the traceback. This is a fault of distllm: please report it"], EXIT_BUG
+
+
+def _tells_first(error: BaseException, world: World) -> bool:
+    """Whether this rank is the first of all ranks with an error; the others' errors are the same, or follow from it."""
+    if world.size == 1:
+        return True
+    import time
+
+    import torch.distributed as dist
+
+    if not isinstance(error, DistllmError | OSError):
+        # Often only the echo of another rank's end. Who knows better (that rank, or the launcher) speaks meanwhile.
+        time.sleep(0.5)
+    try:
+        return int(dist.distributed_c10d._get_default_store().add("distllm/told", 1)) == 1
+    except Exception:  # the store's host has gone, and has told
+        return world.is_main
+
+
+def _say(line: str) -> None:
+    print(f"distllm: {line}", file=sys.stderr, flush=True)
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else text.strip()
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _checked(config: Path, overrides: list[str] | None) -> Loaded:
+    """Load and check before anything heavy is imported."""
+    from distllm.config.check import check
+    from distllm.config.load import load
+
+    loaded = load(config, overrides or [])
+    problems = check(loaded.config, world_size=None)
+    if problems:
+        raise ConfigError(problems)
+    return loaded
+
+
+def _world_size() -> int | None:
+    """The number of ranks that torchrun, or distllm's own launcher, has started; None where nobody has."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError([f"WORLD_SIZE={text}: must be a whole number above 0; nearest: unset WORLD_SIZE"])
+    if int(text) > 1 and not os.environ.get("RANK", "").isdecimal():
+        raise ConfigError([f"WORLD_SIZE={text}: is set, but RANK is not; nearest: unset WORLD_SIZE, or start with torchrun"])
+    return int(text)
+
+
+def _later_rank() -> bool:
+    rank = os.environ.get("RANK", "0")
+    return "WORLD_SIZE" in os.environ and rank.isdecimal() and int(rank) > 0
+
+
+def _local_devices(config: Config) -> int:
+    """The accelerators of this machine; torch is asked only where a driver is."""
+    if config.device == "cpu" or not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError([f"--device={name}: must be one of auto, cpu, cuda; nearest: auto"])
+    return name
+
+
+def _must_exist(source: str) -> None:
+    """Refuse a missing folder before anything heavy is imported; `name` and `owner/name` may be models of the hub."""
+    path = Path(source)
+    is_hub_name = not path.is_absolute() and source.count("/") <= 1 and (path.parent == Path(".") or not path.parent.exists())
+    if path.exists() or (is_hub_name and not source.startswith((".", "~", "runs/"))):
+        return
+    import difflib
+
+    runs = [str(path.parent) for path in Path("runs").glob("*/config.yaml")]
+    close = difflib.get_close_matches(source, runs, n=1, cutoff=0.3)
+    hint = f"nearest: {close[0]}" if close else "give a run, a checkpoint or a model folder"
+    raise CheckpointError(f"{source}: no such folder; {hint}")

@@ -1,0 +1,75 @@
+"""Loading a model folder for generation and evaluation; `accelerate` spreads a model that is larger than one device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from distllm.config.errors import DataError
+from distllm.models.hf import quiet, weights_folder
+from distllm.models.weights import tensor_files
+
+
+def load_for_inference(
+    folder: str | Path,
+    *,
+    device: str,
+    dtype: torch.dtype | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a transformers model with safetensors and its tokenizer, in eval mode.
+
+    Args:
+        folder: a model folder or hub name.
+        device: where to put it, such as cpu or cuda; a model that does not fit there is spread over the machine's GPUs,
+            memory and disk by `accelerate`.
+        dtype: the floating-point format; None: that of the files.
+        max_memory: what each device may hold, in bytes or as "10GiB": {0: ..., "cpu": ...}; spreads the model.
+        offload_folder: where parts go that fit nowhere else.
+        trust_remote_code: run the Python code that comes with the model.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        DataError: a folder that cannot be used.
+    """
+    path = weights_folder(str(folder))
+    size = sum(file.stat().st_size for file in set(tensor_files(path).values()))
+    spread = max_memory is not None or size > 0.9 * _free_bytes(torch.device(device))
+    arguments: dict[str, Any] = {
+        "dtype": "auto" if dtype is None else dtype,
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }
+    if spread:
+        _need_accelerate(path)
+        arguments |= {"device_map": "auto", "max_memory": max_memory, "offload_folder": offload_folder}
+    with quiet():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, **arguments)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise DataError(f"{folder}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {model.config.vocab_size}")
+    return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _need_accelerate(folder: Path) -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"{folder}: is larger than the device; install accelerate to spread it") from error

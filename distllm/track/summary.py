@@ -1,0 +1,145 @@
+"""What a run says at its end: what it reached, where everything is, and what to type next."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The facts of the end of a run. What is None is not told."""
+
+    run_folder: Path
+    steps: int
+    """Steps taken, those of earlier attempts included."""
+    total_steps: int
+    """Steps of the whole run."""
+    seconds: float
+    """Of this attempt."""
+    tokens: int
+    """Input tokens trained on, those of earlier attempts included."""
+    metrics: Path
+    resume_command: str
+    """What continues the run, or trains on."""
+    train_loss: float | None = None
+    """Nats a token, of the last logged step."""
+    val_loss: float | None = None
+    val_perplexity: float | None = None
+    val_accuracy: float | None = None
+    """0 to 1."""
+    unigram_loss: float | None = None
+    """The validation loss of a model that knows only how frequent each token is."""
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    tokens_per_s: float | None = None
+    """The mean of this attempt."""
+    skipped: int = 0
+    """Steps not taken because a loss or a gradient was not finite."""
+    checkpoint: Path | None = None
+    stopped: str | None = None
+    """Why the run ended before its last step."""
+    prompt: str = ""
+    sample: str | None = None
+    """Text that the model wrote after `prompt`."""
+
+
+def render_summary(summary: Summary, *, terminal: bool, width: int = 100) -> str:
+    """The summary as text.
+
+    Args:
+        summary: the facts.
+        terminal: with a frame and colours; else plain lines, for a pipe or a log file.
+        width: columns of the terminal.
+
+    Returns:
+        Lines, the last with its end.
+    """
+    title = f"run {summary.run_folder.name}: " + (
+        f"stopped at step {summary.steps:,} of {summary.total_steps:,} ({summary.stopped})"
+        if summary.stopped
+        else f"done, {summary.steps:,} steps"
+    )
+    sections = [_figures(summary), _places(summary), _next(summary)]
+    if not terminal:
+        blocks = ["\n".join(f"  {name:<17}{value}" for name, value in section) for section in sections]
+        return "\n\n".join([title, *blocks, *_sample_lines(summary)]) + "\n"
+    body = Text()
+    for i, section in enumerate(sections):
+        for name, value in section:
+            body.append(f"{name:<17}", style="cyan")
+            body.append(f"{value}\n", style="bold" if i == 0 else "")
+        body.append("\n")
+    for line in _sample_lines(summary):
+        body.append(line + "\n\n", style="green")
+    body.rstrip()
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=max(40, width), color_system="standard")
+    console.print(Panel(body, title=Text(title), title_align="left", box=box.ROUNDED, padding=(1, 2)))
+    return screen.getvalue()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 5 s, 7 h 12 min, 2 d 3 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size} {name} {rest} {small_name}" if rest else f"{whole // size} {name}"
+    raise AssertionError("at least a minute")
+
+
+def printable(text: str) -> str:
+    """Text without control characters: what a model writes must not steer the terminal that shows it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).expandtabs(4)
+
+
+def _figures(summary: Summary) -> list[tuple[str, str]]:
+    speed = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s is not None else ""
+    rows = [
+        ("trained on", f"{summary.tokens:,} tokens"),
+        ("time", f"{duration(summary.seconds)}{speed}"),
+    ]
+    if summary.train_loss is not None:
+        rows.append(("train loss", f"{summary.train_loss:.4f}"))
+    if summary.val_loss is not None:
+        perplexity = f", perplexity {summary.val_perplexity:,.2f}" if summary.val_perplexity is not None else ""
+        accuracy = f", accuracy {summary.val_accuracy:.1%}" if summary.val_accuracy is not None else ""
+        rows.append(("validation", f"loss {summary.val_loss:.4f}{perplexity}{accuracy}"))
+    if summary.unigram_loss is not None:
+        rows.append(("unigram", f"loss {summary.unigram_loss:.4f}, a model that knows only how frequent each token is"))
+    if summary.best_val_loss is not None:
+        at = f" at step {summary.best_step:,}" if summary.best_step is not None else ""
+        rows.append(("best", f"validation loss {summary.best_val_loss:.4f}{at}"))
+    if summary.skipped:
+        rows.append(("skipped", f"{summary.skipped:,} steps with a loss or gradient that was not finite"))
+    return rows
+
+
+def _places(summary: Summary) -> list[tuple[str, str]]:
+    rows = [("run folder", str(summary.run_folder)), ("metrics", str(summary.metrics))]
+    return rows if summary.checkpoint is None else [*rows, ("checkpoint", str(summary.checkpoint))]
+
+
+def _next(summary: Summary) -> list[tuple[str, str]]:
+    run = shlex.quote(str(summary.run_folder))
+    rows = [("curves", f"distllm report {run}")]
+    if summary.checkpoint is not None:
+        rows = [("write text", f"distllm generate {run}"), *rows, ("to transformers", f"distllm export {run}")]
+    return [*rows, ("continue" if summary.stopped else "train on", summary.resume_command)]
+
+
+def _sample_lines(summary: Summary) -> list[str]:
+    if summary.sample is None:
+        return []
+    text = printable(summary.prompt + summary.sample).strip("\n")
+    return ["sample\n" + "\n".join(f"  {line}" for line in text.split("\n"))]

@@ -1,0 +1,253 @@
+"""Whole runs: the same answer under every layout, resumed or not; stopping, skipping, refusing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distllm.comm import World
+from distllm.config.errors import EXIT_OK, EXIT_STOPPED, ConfigError, DivergedError
+from distllm.config.schema import Config
+from distllm.engine.base import LossTerms
+from distllm.train import loop
+from distllm.train.build import Run, build, close
+from distllm.train.loop import train
+from distllm.train.objectives import causal_lm
+from tests.ranks import on_ranks
+from tests.runs import losses, metrics, run_tiny, state, tiny_config
+
+ONE = World(0, 1, 0, 1, torch.device("cpu"))
+LAYOUTS = {
+    "one": (1, ()),
+    "ddp2": (2, ("layout.dp_replicate=2", "layout.dp_shard=1")),
+    "fsdp2": (2, ("layout.dp_shard=2",)),
+    "fsdp4": (4, ("layout.dp_shard=4",)),
+    "hsdp4": (4, ("layout.dp_replicate=2", "layout.dp_shard=2")),
+}
+
+
+def run(folder: Path, layout: str, *overrides: str) -> list[Any]:
+    ranks, axes = LAYOUTS[layout]
+    config = tiny_config(folder, *axes, *overrides)
+    return on_ranks(lambda world: run_tiny(world, config), ranks, folder / "ranks")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run of one process, 12 steps."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert run(folder, "one") == [EXIT_OK]
+    return folder / "runs" / "tiny"
+
+
+def test_it_learns_and_leaves_what_it_says(unbroken: Path) -> None:
+    curve = losses(unbroken)
+    assert list(curve) == list(range(1, 13)) and curve[12] < curve[1] - 0.5
+    lines = metrics(unbroken)
+    assert [line["step"] for line in lines if "val_loss" in line] == [6, 12]
+    wanted = {"samples", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "data_wait_s", "peak_memory_bytes"}
+    assert wanted <= lines[0].keys()
+    assert lines[-2]["samples"] == 12 * 8 and lines[-2]["tokens"] == 12 * 8 * 32
+    assert sorted(p.name for p in (unbroken / "checkpoints").iterdir() if p.name[0] != ".") == ["step-12", "step-8"]
+    for name in ("config.yaml", "samples.txt", "summary.json", "logs/rank-0.log", "tokenizer/tokenizer.json"):
+        assert (unbroken / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "fsdp4", "hsdp4"])
+def test_every_layout_gives_the_same_losses(layout: str, unbroken: Path, tmp_path: Path) -> None:
+    assert set(run(tmp_path, layout)) == {EXIT_OK}
+    found, wanted = losses(tmp_path / "runs" / "tiny"), losses(unbroken)
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=0, atol=2e-6)
+    assert found.keys() == wanted.keys()
+
+
+def stop_at(step: int) -> Any:
+    """A `train` that gets SIGTERM while it logs `step`."""
+
+    def train_until(config: Config) -> Any:
+        def rank(world: World) -> int:
+            made = build(config, world)
+            log = made.tracker.log
+
+            def watch(at: int, values: Any) -> None:
+                if at == step and "loss" in values:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                log(at, values)
+
+            made.tracker.log = watch  # type: ignore[method-assign]
+            return train(made)
+
+        return rank
+
+    return train_until
+
+
+def broken_run(folder: Path, layout: str, *, step: int) -> None:
+    ranks, axes = LAYOUTS[layout]
+    config = tiny_config(folder, *axes)
+    assert set(on_ranks(stop_at(step)(config), ranks, folder / "ranks")) == {EXIT_STOPPED}
+    assert max(losses(folder / "runs" / "tiny")) < 12
+
+
+@pytest.mark.parametrize("layout", ["one", "ddp2", "fsdp2", "hsdp4"])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(layout: str, unbroken: Path, tmp_path: Path) -> None:
+    whole = unbroken
+    if layout != "one":
+        run(tmp_path / "whole", layout)
+        whole = tmp_path / "whole" / "runs" / "tiny"
+    broken_run(tmp_path, layout, step=5)
+    assert set(run(tmp_path, layout)) == {EXIT_OK}
+    there = tmp_path / "runs" / "tiny"
+    assert losses(there) == losses(whole)
+    found, wanted = state(there), state(whole)
+    assert found.keys() == wanted.keys() and any("exp_avg_sq" in name for name in found)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("one", "fsdp2"), ("fsdp2", "one"), ("ddp2", "fsdp4"), ("fsdp4", "hsdp4"), ("hsdp4", "ddp2"), ("one", "hsdp4")],
+)
+def test_a_run_continues_on_another_layout(first: str, then: str, unbroken: Path, tmp_path: Path) -> None:
+    broken_run(tmp_path, first, step=5)
+    assert set(run(tmp_path, then)) == {EXIT_OK}
+    found, wanted = losses(tmp_path / "runs" / "tiny"), losses(unbroken)
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=0, atol=2e-6)
+
+
+@pytest.fixture
+def in_process() -> Iterator[Any]:
+    """Builds runs of one process, closed after the test."""
+    made: list[Run] = []
+
+    def start(folder: Path, *overrides: str) -> Run:
+        made.append(build(tiny_config(folder, *overrides), ONE))
+        return made[-1]
+
+    yield start
+    for run in made:
+        close(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("phase", ["validate", "save", "sample_text"])
+def test_a_signal_in_any_phase_saves_and_stops(
+    in_process: Any, number: signal.Signals, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = in_process(tmp_path, "train.sample_every=6")
+    real, sent = getattr(loop, phase), []
+
+    def while_signalled(*args: Any, **settings: Any) -> Any:
+        if not sent:
+            sent.append(made.engine.updates)
+            os.kill(os.getpid(), number)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(loop, phase, while_signalled)
+    assert train(made) == EXIT_STOPPED
+    (asked,) = sent
+    assert asked < made.engine.updates <= asked + 1
+    newest = sorted(int(p.name[5:]) for p in (tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))[-1]
+    assert newest == made.engine.updates
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "layout.dp_shard=2", "train.steps=200", "train.eval_every=0", "checkpoint.every=0")
+
+    def rank(world: World) -> tuple[int, int]:
+        made = build(config, world)
+        if world.rank == 1:
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        code = train(made)
+        return code, made.engine.updates
+
+    (code0, step0), (code1, step1) = on_ranks(rank, 2, tmp_path / "ranks")
+    assert (code0, code1) == (EXIT_STOPPED, EXIT_STOPPED)
+    assert step0 == step1 < 200
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / f"step-{step0}").is_dir()
+
+
+def poison(samples: range) -> Any:
+    """An objective whose loss is infinite for batches that hold one of `samples`."""
+
+    def objective(outputs: Any, batch: Any) -> LossTerms:
+        terms = causal_lm(outputs, batch)
+        bad = any(i in samples for i in batch.sample_ids) and torch.is_grad_enabled()
+        return replace(terms, sum=terms.sum * float("inf")) if bad else terms
+
+    return objective
+
+
+def test_a_skipped_batch_is_logged_and_the_run_goes_on(in_process: Any, tmp_path: Path) -> None:
+    made = in_process(tmp_path)
+    made.engine._objective = poison(range(17, 18))
+    assert train(made) == EXIT_OK
+    folder = tmp_path / "runs" / "tiny"
+    assert list(losses(folder)) == list(range(1, 13))  # twelve updates, and one batch more was read
+    assert metrics(folder)[-2]["samples"] == 13 * 8 and metrics(folder)[-2]["skipped"] == 1
+    assert "step 3 skipped: the loss is not finite; samples 16 to 23" in (folder / "logs" / "rank-0.log").read_text()
+
+
+def test_too_many_skips_in_a_row_stop_the_run_with_a_good_checkpoint(in_process: Any, tmp_path: Path) -> None:
+    made = in_process(tmp_path, "train.max_skips=3")
+    made.engine._objective = poison(range(40, 10**6))
+    with pytest.raises(DivergedError, match=r"3 steps in a row .* newest good checkpoint: .*step-4; try a lower optim.lr"):
+        train(made)
+    again = in_process(tmp_path, "train.max_skips=3")
+    assert again.engine.updates == 4
+    assert all(np.isfinite(value).all() for value in state(tmp_path / "runs" / "tiny").values())
+
+
+def test_another_run_in_the_folder_is_refused_by_the_key_that_differs(in_process: Any, unbroken: Path) -> None:
+    base = unbroken.parent.parent
+    with pytest.raises(ConfigError, match=r"holds another run: it differs in optim\.lr; use another name"):
+        in_process(base, "optim.lr=0.02")
+    with pytest.raises(ConfigError, match=r"resume=never: .* already holds a run"):
+        in_process(base, "resume=never")
+    more = in_process(base, "train.steps=13")  # longer is the same run
+    assert more.engine.updates == 12
+
+
+def test_a_folder_that_holds_something_else_is_refused(in_process: Any, tmp_path: Path) -> None:
+    there = tmp_path / "runs" / "tiny"
+    there.mkdir(parents=True)
+    (there / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=r"is not empty and holds no run"):
+        in_process(tmp_path)
+    assert (there / "thesis.txt").read_text() == "precious"
+
+
+def test_a_new_run_can_start_from_a_checkpoint_of_another(in_process: Any, unbroken: Path, tmp_path: Path) -> None:
+    made = in_process(tmp_path, f"resume={unbroken / 'checkpoints' / 'step-8'}")
+    assert (made.engine.updates, made.start.samples) == (8, 64)
+    assert train(made) == EXIT_OK
+    found, wanted = losses(tmp_path / "runs" / "tiny"), losses(unbroken)
+    assert found == {step: loss for step, loss in wanted.items() if step > 8}
+    again = in_process(tmp_path, f"resume={unbroken / 'checkpoints' / 'step-8'}")
+    assert again.engine.updates == 12  # its own newest checkpoint comes first
+
+
+def test_checkpoints_by_the_clock(in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = in_process(tmp_path, "checkpoint.every=0", "checkpoint.every_minutes=0.5", "train.steps=4", "checkpoint.keep=9")
+    now = [time.monotonic()]
+
+    def a_minute_later() -> float:
+        now[0] += 11.0  # the loop asks a few times a step
+        return now[0]
+
+    monkeypatch.setattr(loop.time, "monotonic", a_minute_later)
+    assert train(made) == EXIT_OK
+    assert len(list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))) > 1
