@@ -156,16 +156,14 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     device: Device = "auto",
 ) -> int:
-    """Measure a model on text: loss, perplexity, token accuracy, bits per byte."""
+    """Measure a model on text, or a run on its own validation data: loss, perplexity, token accuracy."""
     _must_exist(source)
-    if not text:
-        raise ConfigError(["--text: at least one text file must be given; nearest: --text FILE"])
-    for file in text:
+    for file in text or []:
         if not file.is_file():
             raise DataError(f"{file}: no such text file")
     from distllm.train.inference import evaluate_source
 
-    for name, value in evaluate_source(source, texts=text, batch=batch, device=_device(device)).items():
+    for name, value in evaluate_source(source, texts=text or [], batch=batch, device=_device(device)).items():
         shown = value if isinstance(value, str) else f"{value:,.0f}" if name.endswith("tokens") else f"{value:.4f}"
         print(f"{name:<16}{shown}")
     print(f"{'next':<16}distllm generate {source} --prompt '...'")

@@ -130,7 +130,7 @@ def test_version() -> None:
         ("train run.yaml --processes 0", "Invalid value for '--processes': RULE; see distllm train --help"),
         ("explain run.yaml stps", "stps: unknown key; nearest: train.steps"),
         ("explain", "CONFIG: must be given; nearest: distllm explain configs/quickstart.yaml"),
-        ("eval run.yaml", "--text: at least one text file must be given; nearest: --text FILE"),
+        ("eval run.yaml", "--text: run.yaml has no validation data of its own; give a text file, --text FILE"),
         ("generate run.yaml --device gpu", "--device=gpu: must be one of auto, cpu, cuda; nearest: auto"),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ def write_run(folder: Path, *, steps: int = 60, names: tuple[str, ...] = ()) -> 
         for step in range(10, 10 * steps + 1, 10):
             line = {
                 "loss": 2 + 5 * math.exp(-step / 200) + chance.gauss(0, 0.05), "grad_norm": 1 + 2 / step, "lr": 1e-3 / step,
-                "tokens_per_s": 2e4 + chance.gauss(0, 300), "mfu": 0.4, "data_wait_share": 1e-3, "skipped": int(step == 50),
+                "tokens_per_s": 2e4 + chance.gauss(0, 300), "mfu": 0.4, "data_wait_share": 1e-3, "skipped": int(step >= 50),
                 "peak_memory_bytes": 8e8 + step, "tokens": step * 512, "samples": step * 8, "time_s": step * 0.5,
             }  # fmt: skip
             if step == 50:

@@ -132,9 +132,10 @@ def _places(summary: Summary) -> list[tuple[str, str]]:
 
 def _next(summary: Summary) -> list[tuple[str, str]]:
     run = shlex.quote(str(summary.run_folder))
+    exported = shlex.quote(str(summary.run_folder / "export"))
     rows = [("curves", f"distllm report {run}")]
     if summary.checkpoint is not None:
-        rows = [("write text", f"distllm generate {run}"), *rows, ("to transformers", f"distllm export {run}")]
+        rows = [("write text", f"distllm generate {run}"), *rows, ("to transformers", f"distllm export {run} {exported}")]
     return [*rows, ("continue" if summary.stopped else "train on", summary.resume_command)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import torch
@@ -48,10 +49,12 @@ def tell_end(
     if not run.world.is_main:
         return
     step = run.engine.updates
+    total = run.config.train.steps
+    again = f"distllm train {shlex.quote(str(run.folder.path))}" + ("" if stopped else f" train.steps={2 * total}")
     newest = next((folder for _, folder in candidates(run.folder.checkpoints)), None)
     summary = Summary(
-        run_folder=run.folder.path, steps=step, total_steps=run.config.train.steps, seconds=seconds, tokens=at.tokens,
-        metrics=run.folder.path / "metrics.jsonl", resume_command=f"distllm train {run.folder.path / 'config.yaml'}",
+        run_folder=run.folder.path, steps=step, total_steps=total, seconds=seconds, tokens=at.tokens,
+        metrics=run.folder.path / "metrics.jsonl", resume_command=again,
         val_loss=last.loss if last else None, val_perplexity=last.perplexity if last else None,
         val_accuracy=last.accuracy if last else None, unigram_loss=run.samples.unigram_loss() if last else None,
         best_val_loss=at.best_val_loss, best_step=at.best_step, skipped=at.skipped, checkpoint=newest,

@@ -6,6 +6,7 @@ Everything here runs in one process; a checkpoint of any layout is read whole.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from torch import nn
 
 from distllm.checkpoint.find import Found, find, read_full
 from distllm.checkpoint.hf import export
-from distllm.config.errors import DataError
+from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import Config
 from distllm.data.batch import IGNORE, Batch
-from distllm.evaluate import Evaluation, evaluate
+from distllm.data.loader import Samples, validation_batches
+from distllm.data.prepare import open_prepared
+from distllm.engine.base import LossTerms
+from distllm.evaluate import evaluate
 from distllm.generate import decode_stream, encode_prompts, sample_text, stream
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.inference import load_for_inference
@@ -57,6 +61,8 @@ def open_source(source: str, *, device: str = "auto") -> Source:
         CheckpointError: the run has no good checkpoint, or the one named is torn.
         DataError: a model folder that cannot be used.
     """
+    if not is_run(Path(source)) and Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise DataError(f"{source}: neither a run or checkpoint of distllm nor a model folder (it has no config.json)")
     target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if not is_run(Path(source)):
         model, tokenizer = load_for_inference(source, device=str(target))
@@ -80,31 +86,38 @@ def is_run(path: Path) -> bool:
 
 
 def evaluate_source(source: str, *, texts: Sequence[Path], batch: int = 8, device: str = "auto") -> dict[str, Any]:
-    """Loss, perplexity and accuracy on texts.
+    """Loss, perplexity and accuracy on texts, or of a run on its own validation data.
 
     Args:
         source: as in `open_source`.
         texts: files of UTF-8 text; each is one document, cut into windows of the model's length that do not overlap.
+            None given: the validation part of the run's data.
         batch: windows at once.
         device: as in `open_source`.
 
     Returns:
-        val_loss (nats a token), val_perplexity, val_accuracy, val_tokens, bits_per_byte, source.
+        source, val_loss (nats a token), val_perplexity, val_accuracy, val_tokens, and for texts bits_per_byte.
+
+    Raises:
+        ConfigError: a model without data of its own, and no text.
+        DataError: a text that cannot be read, or is empty.
     """
-    opened = open_source(source, device=device)
+    if not texts and not is_run(Path(source)):
+        raise ConfigError([f"--text: {source} has no validation data of its own; give a text file, --text FILE"])
     documents = [_read_text(path) for path in texts]
-    rows = [row for text in documents for row in _windows(opened, text)]
-    if not rows:
-        raise DataError(f"{', '.join(map(str, texts))}: no text to evaluate")
+    opened = open_source(source, device=device)
 
     @torch.no_grad()
-    def terms(piece: Batch) -> Any:
+    def terms(piece: Batch) -> LossTerms:
         return causal_lm(opened.model(**piece.inputs), piece)
 
-    result: Evaluation = evaluate(terms, _batches(rows, batch), group=None, device=opened.device)
-    size = sum(len(text.encode()) for text in documents)
-    bits = result.loss * result.tokens / size / 0.6931471805599453
-    return {"source": opened.name, **result.as_metrics(), "bits_per_byte": bits}
+    batches = _batches(opened, documents, batch) if texts else _validation(Path(source), batch)
+    result = evaluate(terms, batches, group=None, device=opened.device)
+    found = {"source": opened.name, **result.as_metrics()}
+    if texts:
+        size = sum(len(text.encode()) for text in documents)
+        found["bits_per_byte"] = result.loss * result.tokens / size / math.log(2.0)
+    return found
 
 
 def generate_source(
@@ -217,8 +230,15 @@ def _windows(source: Source, text: str) -> Iterator[tuple[list[int], list[int]]]
         yield inputs[: len(labels)] + [0] * padding, labels + [IGNORE] * padding
 
 
-def _batches(rows: list[tuple[list[int], list[int]]], size: int) -> Iterator[Batch]:
+def _batches(source: Source, documents: Sequence[str], size: int) -> Iterator[Batch]:
+    rows = [row for text in documents for row in _windows(source, text)]
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         inputs, labels = torch.tensor([r[0] for r in part]), torch.tensor([r[1] for r in part])
         yield Batch({"input_ids": inputs}, {"labels": labels}, tuple(range(start, start + len(part))))
+
+
+def _validation(source: Path, size: int) -> Iterator[Batch]:
+    config = read_config(find(source, logger=log).folder)
+    samples = Samples(open_prepared(config), config)
+    return validation_batches(samples, micro_batch=size, dp_rank=0, dp_size=1, limit=0)

@@ -1,0 +1,315 @@
+"""Text to a token store: in parallel, restartable, and the same bytes whatever the number of workers.
+
+A prepared folder, `data.store`/DIGEST, holds `meta.json`, `tokenizer/` and a store for each text source: `train-000.bin`,
+`train-000.idx`, ..., `validation-000.bin`, ... DIGEST is of the sources' content, the tokenizer's settings and this format,
+so a changed text or tokenizer is another folder. It is made in `.preparing-DIGEST` under a lock and renamed when whole: a
+folder with its final name is complete. What a killed run finished is used by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distllm.config.errors import DataError
+from distllm.config.schema import Config, SourceConfig, TokenizerConfig
+from distllm.data.bar import Bar
+from distllm.data.documents import documents
+from distllm.data.encode import agrees_on, load_encoder
+from distllm.data.order import key_of, permute
+from distllm.data.source import Shard, Source, open_source
+from distllm.data.store import TokenStore, bin_path, dtype_for, idx_path, largest_id, write_index
+from distllm.data.tokenise import Task, ids_path, lengths_path, tokenise_all
+from distllm.data.tokenizer import folder_digest, make_tokenizer, spec_digest
+
+FORMAT = 1  # raise it when the same text would give other bytes
+SAMPLE_CHARACTERS = 200_000  # on which the fast encoder is compared with `tokenizers` before it is used
+log = logging.getLogger("distllm.data")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens that are ready to train on."""
+
+    stores: tuple[TokenStore, ...]
+    """The training sources in the order of the config."""
+    validation_stores: tuple[TokenStore, ...]
+    """Those of data.validation.sources; empty if validation is held out of the training sources."""
+    tokenizer_folder: Path
+    vocab_size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What has to be there for a config."""
+
+    configs: tuple[tuple[str, SourceConfig], ...]
+    """Store name and source: ("train-000", ...)."""
+    sources: dict[str, Source]
+    """The text sources among them."""
+    folder: Path
+    recipe: str
+    """The digest of the settings alone: equal for an older state of the same text."""
+    digest: str
+
+
+def prepare(config: Config, *, progress: bool = False) -> Prepared:
+    """Make the tokenizer and the token stores of a config, unless they are there.
+
+    Args:
+        config: its `data` part decides; `data.workers` processes tokenise.
+        progress: show a bar on a terminal, or lines now and then in the log.
+
+    Raises:
+        DataError: a source or tokenizer cannot be used.
+        OSError: the disk is full or read-only; nothing half-written is ever taken for whole.
+    """
+    plan = _plan(config)
+    meta, staging = plan.folder / "meta.json", plan.folder.with_name(f".preparing-{plan.digest}")
+    if not meta.is_file():
+        if _older(plan) is not None:
+            log.info("the text of an earlier store has changed: preparing it again as %s", plan.folder)
+        plan.folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(plan.folder.with_name(f".lock-{plan.digest}")):
+            if not meta.is_file():
+                _make(plan, config, staging, progress=progress)
+    shutil.rmtree(staging, ignore_errors=True)  # also what a run left that was killed after the rename
+    return _open(plan, config)
+
+
+def open_prepared(config: Config) -> Prepared:
+    """Open what `prepare` made, without making anything.
+
+    Raises:
+        DataError: it is missing, is of an earlier state of the text, or does not fit its tokenizer.
+    """
+    plan = _plan(config)
+    if not (plan.folder / "meta.json").is_file():
+        older = _older(plan)
+        if older is not None:
+            raise DataError(f"{older}: stale, the text has changed since it was prepared; run `distllm prepare CONFIG` again")
+        raise DataError(f"{plan.folder}: these sources are not prepared with this tokenizer; run `distllm prepare CONFIG` first")
+    return _open(plan, config)
+
+
+def _plan(config: Config) -> _Plan:
+    data = config.data
+    named = [(f"train-{i:03d}", s) for i, s in enumerate(data.sources)]
+    named += [(f"validation-{i:03d}", s) for i, s in enumerate(data.validation.sources)]
+    if not data.sources:
+        raise DataError("data.sources: is empty; give at least one source")
+    splittable = data.tokenizer.kind != "hf"
+    sources = {name: open_source(s, splittable=splittable) for name, s in named if s.kind != "tokens"}
+    settings = [(name, s.model_dump(exclude={"weight", "hint"})) for name, s in named]
+    recipe = _digest({"format": FORMAT, "sources": settings, "tokenizer": spec_digest(data.tokenizer)})
+    # Where a text lies does not matter; what it is, and how it is cut into documents, does.
+    content = [
+        (
+            name, s.kind, "" if s.kind in ("embedded", "text", "tokens") else s.column, s.document if s.kind == "text" else "",
+            sources[name].fingerprint if name in sources else _pair(s),
+        )
+        for name, s in named
+    ]  # fmt: skip
+    digest = _digest({"format": FORMAT, "sources": content, "tokenizer": spec_digest(data.tokenizer)})
+    return _Plan(tuple(named), sources, Path(data.store) / digest, recipe, digest)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _prefix(source: SourceConfig) -> Path:
+    """The path of a token store without `.bin`."""
+    if not source.path:
+        raise DataError("data.sources: kind=tokens needs the path of a .bin/.idx pair, without .bin, in `path`")
+    return Path(source.path.removesuffix(".bin").removesuffix(".idx"))
+
+
+def _pair(source: SourceConfig) -> list[Any]:
+    """What names a token store that somebody else made: its path, sizes and times, as it may be terabytes."""
+    prefix = _prefix(source)
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            hint = f"; {source.hint}" if source.hint else ""
+            raise DataError(f"{path}: no such file; a token store is a pair {prefix.name}.bin and {prefix.name}.idx{hint}")
+    stats = [path.stat() for path in (bin_path(prefix), idx_path(prefix))]
+    return [str(prefix.absolute()), [(s.st_size, s.st_mtime_ns) for s in stats]]
+
+
+def _older(plan: _Plan) -> Path | None:
+    """A store of the same settings and another text."""
+    for meta in sorted(plan.folder.parent.glob("*/meta.json")):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(meta.read_text(encoding="utf-8")).get("recipe") == plan.recipe:
+                return meta.parent
+    return None
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Let one process prepare a store at a time; the system lets go of it when the process dies, however it dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is preparing this store: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make(plan: _Plan, config: Config, staging: Path, *, progress: bool) -> None:
+    """Make the folder of a plan in `staging`, as far as it is not there yet, and rename it."""
+    final = staging / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    final.mkdir()
+    tokenizer = staging / "tokenizer"
+    if not tokenizer.is_dir():
+        log.info("making the tokenizer")
+        make_tokenizer(config.data.tokenizer, _learn_from(plan, config.data.tokenizer), tokenizer)
+    encoder = load_encoder(tokenizer)
+    sample = list(_clip(_spread(plan.sources.values(), seed=1), SAMPLE_CHARACTERS))
+    fast = agrees_on(encoder, tokenizer, sample)
+    if encoder.reason or not fast:
+        reason = encoder.reason or f"{encoder.method} gives other ids on this text"
+        log.warning("tokenising with `tokenizers`, several times slower than the fast way: %s", reason)
+    tasks = {
+        name: [
+            Task(shard, staging / f"{name}-{i:05d}", tokenizer, folder_digest(tokenizer), dtype_for(encoder.vocab_size), fast)
+            for i, shard in enumerate(source.shards)
+        ]
+        for name, source in plan.sources.items()
+    }
+    _tokenise(tasks, workers=config.data.workers, progress=progress)
+    stores = {name: _merge(parts, final / name, label=plan.sources[name].label) for name, parts in tasks.items()}
+    stores |= {name: _examine(s, encoder.vocab_size) for name, s in plan.configs if s.kind == "tokens"}
+    shutil.copytree(tokenizer, final / "tokenizer")
+    meta = {
+        "format": FORMAT, "digest": plan.digest, "recipe": plan.recipe, "vocab_size": encoder.vocab_size,
+        "tokenizer": folder_digest(tokenizer), "tokenised_by": encoder.method if fast else "tokenizers", "stores": stores,
+    }  # fmt: skip
+    _write_flushed(final / "meta.json", json.dumps(meta, indent=1))
+    final.rename(plan.folder)
+    _flush_folder(plan.folder.parent)
+
+
+def _tokenise(tasks: dict[str, list[Task]], *, workers: int, progress: bool) -> None:
+    every = [t for parts in tasks.values() for t in parts]
+    size = sum(t.shard.n_bytes for t in every)
+
+    def amount(task: Task) -> int:
+        return task.shard.n_bytes if size else 1
+
+    with Bar("tokenising", total=size or len(every), unit="B" if size else "shards", show=progress) as bar:
+        bar.advance(sum(amount(t) for t in every if t.done))
+        for task in tokenise_all(every, workers=workers):
+            bar.advance(amount(task))
+
+
+def _merge(parts: Sequence[Task], prefix: Path, *, label: str) -> dict[str, Any]:
+    """Join the parts of a source, in order, into a store; a document that goes on in the next part is one document."""
+    lengths: list[np.ndarray] = []
+    with bin_path(prefix).open("wb") as out:
+        for task in parts:
+            mine = np.load(lengths_path(task.part), allow_pickle=False)
+            if task.shard.continues and lengths and len(mine):
+                lengths[-1][-1] += mine[0]
+                mine = mine[1:]
+            if len(mine):
+                lengths.append(mine)
+            with ids_path(task.part).open("rb") as part:
+                shutil.copyfileobj(part, out, 16 << 20)
+        out.flush()
+        os.fsync(out.fileno())
+    if not lengths:
+        raise DataError(f"{label}: there is no text in it, every document is empty")
+    every = np.concatenate(lengths)
+    write_index(idx_path(prefix), document_lengths=every, dtype=parts[0].dtype)
+    return {"documents": len(every), "tokens": int(every.sum()), "bytes": bin_path(prefix).stat().st_size}
+
+
+def _examine(source: SourceConfig, vocab_size: int) -> dict[str, Any]:
+    """Check a token store that somebody else made: its whole index, and that the tokenizer has all its ids."""
+    store = TokenStore.open(_prefix(source))
+    store.check(whole=True)
+    largest = largest_id(store)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{bin_path(store.prefix)}: holds the id {largest}, but the tokenizer has {vocab_size} ids: it is not the one that "
+            "made this store; set data.tokenizer.kind=hf and data.tokenizer.path to that one"
+        )
+    return {"documents": store.n_documents, "tokens": store.n_tokens, "bytes": bin_path(store.prefix).stat().st_size}
+
+
+def _spread(sources: Any, *, seed: int) -> Iterator[str]:
+    """Documents of the sources, shard by shard in a mixed order, so that the first ones stand for all."""
+    shards: list[Shard] = [shard for source in sources for shard in source.shards]
+    for i in permute(np.arange(len(shards)), size=max(1, len(shards)), key=key_of(seed)):
+        yield from documents(shards[int(i)])
+
+
+def _learn_from(plan: _Plan, config: TokenizerConfig) -> Iterator[str]:
+    """The documents a tokenizer learns from: for chars all, for bpe `train_bytes` of the training sources."""
+    if config.kind == "chars":
+        return _spread(plan.sources.values(), seed=0)
+    training = [s for name, s in plan.sources.items() if name.startswith("train")]
+    return _clip(_spread(training, seed=0), config.train_bytes)
+
+
+def _clip(texts: Iterator[str], size: int) -> Iterator[str]:
+    """Texts up to about `size` bytes of UTF-8 in all."""
+    for text in texts:
+        yield text[:size]
+        size -= len(text.encode("utf-8"))
+        if size <= 0:
+            return
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _open(plan: _Plan, config: Config) -> Prepared:
+    """Open a whole folder and check that it is as it was made."""
+    again = f"delete {plan.folder} and prepare again"
+    try:
+        meta = json.loads((plan.folder / "meta.json").read_text(encoding="utf-8"))
+        made, tokenizer, vocab_size = meta["stores"], meta["tokenizer"], int(meta["vocab_size"])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{plan.folder / 'meta.json'}: damaged; {again}") from None
+    folder = plan.folder / "tokenizer"
+    if folder_digest(folder) != tokenizer:
+        raise DataError(f"{folder}: not the tokenizer that made this store (it was changed since); {again}")
+    stores: dict[str, TokenStore] = {}
+    for name, source in plan.configs:
+        stores[name] = TokenStore.open(_prefix(source) if source.kind == "tokens" else plan.folder / name)
+        found = [stores[name].n_documents, stores[name].n_tokens]
+        if found != [made[name]["documents"], made[name]["tokens"]]:
+            binary = bin_path(stores[name].prefix)
+            raise DataError(f"{binary}: {found[1]} tokens, but {made[name]['tokens']} were prepared; {again}")
+    cut = len(config.data.sources)
+    opened = [stores[name] for name, _ in plan.configs]
+    return Prepared(tuple(opened[:cut]), tuple(opened[cut:]), folder, vocab_size, plan.digest)

@@ -1,0 +1,233 @@
+"""Sources of text as a deterministic list of shards, each of which a worker reads on its own.
+
+How a source is cut depends on its files alone, never on the number of workers. A shard is a run of documents or, when one
+document is a large file, a piece of it. What a shard holds is read by `documents.py`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from distllm.config.errors import DataError
+from distllm.config.schema import SourceConfig
+
+SHARD_BYTES = 8 << 20  # about half a second of tokenising
+MOST_SHARDS = 4096  # a shard costs two small files while a store is being prepared
+HASHED_BYTES = 256 << 20  # a source up to this size is known by its content, a larger one by sizes and times
+# Generated tables, test suites and programs on top of the library: not the code that a reader would call the library.
+EMBEDDED_SKIPPED = frozenset({
+    "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings", "site-packages",
+    "dist-packages", "__pycache__", "lib-dynload",
+})  # fmt: skip
+LINE_END = re.compile(rb"\n")
+PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
+# A newline between two visible ASCII characters: no pre-tokeniser of ours joins text across it, so ids do not change.
+SAFE_CUT = re.compile(rb"[!-~]\n(?=[!-~])")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes [start, end) of a file."""
+
+    path: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source, small enough to send to a worker by pickle."""
+
+    kind: str
+    """A kind of SourceConfig, or `table` for what `datasets` reads."""
+    pieces: tuple[Piece, ...] = ()
+    document: str = "file"
+    column: str = "text"
+    builder: str = ""
+    """For table: csv, parquet, json, or a hub name."""
+    name: str | None = None
+    split: str = "train"
+    index: int = 0
+    count: int = 1
+    """For table: this shard is number `index` of `count`."""
+    continues: bool = False
+    """The first document began in the shard before."""
+    unfinished: bool = False
+    """The last document goes on in the next shard."""
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes of text in it, 0 if not known before reading."""
+        return sum(p.end - p.start for p in self.pieces)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source, found and cut."""
+
+    label: str
+    """What to call it in messages."""
+    shards: tuple[Shard, ...]
+    fingerprint: str
+    """Changes when the text may have changed."""
+    n_bytes: int
+    """The bytes of its files, 0 if not known."""
+
+
+def open_source(source: SourceConfig, *, splittable: bool) -> Source:
+    """Find the files of a source, check that they can be there, and cut it into shards.
+
+    Args:
+        source: any kind but `tokens`.
+        splittable: whether a large text file may be cut at a newline without changing its ids.
+
+    Raises:
+        DataError: there is no such file, or nothing in it.
+    """
+    if source.kind == "hub":
+        return _open_hub(source)
+    files = embedded_files() if source.kind == "embedded" else find_files(source)
+    sizes = [os.path.getsize(f) for f in files]
+    label = "the standard library" if source.kind == "embedded" else str(source.path)
+    if not sum(sizes):
+        raise DataError(f"{label}: the file is empty" if len(files) == 1 else f"{label}: all {len(files)} files are empty")
+    if source.kind in ("csv", "parquet") or (source.kind == "jsonl" and any(map(_is_packed, files))):
+        shards = [
+            Shard("table", (Piece(f, 0, size),), column=source.column, builder=source.kind.replace("jsonl", "json"))
+            for f, size in zip(files, sizes, strict=True) if size
+        ]  # fmt: skip
+    else:
+        shards = list(_cut(source, files, sizes, splittable=splittable))
+    return Source(label, tuple(shards), _fingerprint(files, sizes), sum(sizes))
+
+
+def embedded_files() -> list[str]:
+    """The running Python's own library, `.py` files in the order of their paths; what does not decode as UTF-8 is left out."""
+    root = sysconfig.get_paths()["stdlib"]
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(d for d in folders if d not in EMBEDDED_SKIPPED and not d.startswith("config-"))
+        found += [os.path.join(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+    return [f for f in sorted(found) if _is_text(f)]
+
+
+def _is_text(path: str) -> bool:
+    try:
+        data = Path(path).read_bytes()
+        data.decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return b"\0" not in data
+
+
+def find_files(source: SourceConfig) -> list[str]:
+    """The files that `source.path`, a path or a glob, stands for, sorted.
+
+    Raises:
+        DataError: none, with the source's hint.
+    """
+    path = source.path
+    if not path:
+        raise DataError(f"data.sources: kind={source.kind} needs a path: set `path` to a file or a glob")
+    hint = f"; {source.hint}" if source.hint else ""
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a folder; give a glob of its files, such as {os.path.join(path, '**', '*')}")
+    if os.path.isfile(path):
+        return [path]
+    files = sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f))
+    if not files:
+        what = "no file matches" if glob.has_magic(path) else "no such file"
+        raise DataError(f"{path}: {what}{hint}")
+    return files
+
+
+def _is_packed(path: str) -> bool:
+    return path.endswith((".gz", ".zst", ".bz2", ".xz"))
+
+
+def _cut(source: SourceConfig, files: Sequence[str], sizes: Sequence[int], *, splittable: bool) -> Iterator[Shard]:
+    """Group small files and cut large ones into shards of about SHARD_BYTES."""
+    target = max(SHARD_BYTES, sum(sizes) // MOST_SHARDS)
+    document = "line" if source.kind == "jsonl" else source.document if source.kind == "text" else "file"
+    whole_file = source.kind != "jsonl" and document == "file"
+    end = SAFE_CUT if whole_file else LINE_END if document == "line" else PARAGRAPH_END
+    plain = Shard(source.kind, document=document, column=source.column)
+    group: list[Piece] = []
+    for path, size in zip(files, sizes, strict=True):
+        if size == 0:
+            continue
+        if size <= 2 * target or (whole_file and not splittable):
+            group.append(Piece(path, 0, size))
+            if sum(p.end - p.start for p in group) >= target:
+                yield replace(plain, pieces=tuple(group))
+                group = []
+            continue
+        if group:
+            yield replace(plain, pieces=tuple(group))
+            group = []
+        cuts = [0, *_cuts(path, size, target, end), size]
+        for a, b in pairwise(cuts):
+            yield replace(
+                plain, pieces=(Piece(path, a, b),), continues=whole_file and a > 0, unfinished=whole_file and b < size
+            )
+    if group:
+        yield replace(plain, pieces=tuple(group))
+
+
+def _cuts(path: str, size: int, target: int, end: re.Pattern[bytes]) -> Iterator[int]:
+    """The places, about `target` bytes apart, that follow a match of `end`."""
+    window, overlap = 1 << 20, 4096
+    with open(path, "rb") as file:
+        at = target
+        while at < size - target // 2:
+            file.seek(at)
+            data = file.read(window + overlap)
+            match = end.search(data)
+            if match is None or match.end() == len(data):
+                at += window  # the overlap keeps a match that lies across two windows
+                continue
+            yield at + match.end()
+            at += match.end() + target
+
+
+def _fingerprint(files: Sequence[str], sizes: Sequence[int]) -> str:
+    """A digest of the content of a small source; of paths, sizes and modification times of a large one.
+
+    Reading a small source takes less than a second, so that a copied or touched file is not tokenised again.
+    """
+    digest = hashlib.sha256()
+    if sum(sizes) <= HASHED_BYTES:
+        for file, size in zip(files, sizes, strict=True):
+            digest.update(f"{size}\n".encode())
+            digest.update(Path(file).read_bytes())
+    else:
+        facts = [(os.path.abspath(f), size, os.stat(f).st_mtime_ns) for f, size in zip(files, sizes, strict=True)]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
+
+
+def _open_hub(source: SourceConfig) -> Source:
+    """A data set by hub name or folder, known by its name and revision: what the hub changes later is not noticed offline."""
+    from distllm.data.documents import open_table
+
+    if not source.path:
+        raise DataError("data.sources: kind=hub needs the name of a data set in `path`")
+    plain = Shard("table", column=source.column, builder=source.path, name=source.name, split=source.split)
+    table = open_table(plain, hint=source.hint)
+    count = min(int(table.num_shards), MOST_SHARDS)
+    shards = tuple(replace(plain, index=i, count=count) for i in range(count))
+    checks = table.info.download_checksums or {}
+    facts = [source.path, source.name, source.split, source.column, sorted(map(str, checks)), str(table.info.version), count]
+    if os.path.isdir(source.path):
+        below = sorted(str(p) for p in Path(source.path).rglob("*") if p.is_file())
+        facts.append(_fingerprint(below, [os.path.getsize(p) for p in below]))
+    return Source(source.path, shards, hashlib.sha256(json.dumps(facts).encode()).hexdigest(), 0)

@@ -1,0 +1,177 @@
+"""Tokenizers: a byte-level BPE trained here, characters, bytes, or one of Hugging Face's.
+
+Each is saved as a Hugging Face folder, which plain transformers loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from distllm.config.errors import DataError
+from distllm.config.schema import TokenizerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EOS = "<|endoftext|>"
+log = logging.getLogger("distllm.data")
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE with GPT-2's pre-tokenizer; the same text gives the same merges whatever the threads.
+
+    Args:
+        texts: the documents to learn from.
+        vocab_size: ids in all: the end-of-document token (0), the 256 bytes and the merges; fewer if the text is small.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        log.warning("the text gives a BPE of %d ids, not data.tokenizer.vocab_size=%d: no more pairs to join", found, vocab_size)
+    return tokenizer
+
+
+def chars(texts: Iterable[str]) -> Tokenizer:
+    """One id a character seen, in the order of code points, and the end-of-document token last.
+
+    A character that was never seen becomes the end-of-document token, as in GPT-2's tokenizer, which has no other.
+    """
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
+    vocab = {character: i for i, character in enumerate(sorted(seen))}
+    tokenizer = Tokenizer(models.WordLevel({**vocab, EOS: len(vocab)}, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    return tokenizer
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each of the 256 bytes in a byte-level vocabulary (GPT-2's table)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(256, 512))
+    return [chr(b) if b in set(visible) else chr(next(hidden)) for b in range(256)]
+
+
+def bytes_() -> Tokenizer:
+    """The id of a byte is its value; 256 is the end-of-document token."""
+    vocab = {letter: i for i, letter in enumerate(byte_letters())}
+    tokenizer = Tokenizer(models.BPE({**vocab, EOS: 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    return tokenizer
+
+
+def wrap(tokenizer: Tokenizer, *, has_unknown: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers knows it; decoding gives back the text as it was."""
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = {"unk_token": EOS} if has_unknown else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False, **unknown
+    )  # fmt: skip
+
+
+def load_hf(config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """Load a tokenizer by folder, `tokenizer.json` or hub name, with an end-of-document token.
+
+    Raises:
+        DataError: it is not there, has no fast version, or marks no end.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = config.path
+    if not path:
+        raise DataError("data.tokenizer.path: kind=hf needs a folder, a tokenizer.json or a hub name")
+    try:
+        if os.path.isfile(path):
+            loaded = PreTrainedTokenizerFast(tokenizer_file=path)
+        else:
+            loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the hub, tokenizers and json have no common error class
+        where = "" if os.path.exists(path) else " (no such local path; without network only the hub's local cache is left)"
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"data.tokenizer.path={path}: no tokenizer can be loaded{where}: {reason}") from None
+    if not loaded.is_fast:
+        raise DataError(f"data.tokenizer.path={path}: has no fast version (tokenizer.json); convert it with transformers first")
+    if loaded.eos_token is None:
+        ends = [t for t in (EOS, "</s>", "[SEP]", "<|end_of_text|>") if t in loaded.get_vocab()]
+        if not ends:
+            raise DataError(f"data.tokenizer.path={path}: marks no end of a document; set its eos_token and save it again")
+        loaded.eos_token = ends[0]
+    return loaded
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], folder: Path) -> None:
+    """Make the tokenizer that `config` asks for and save it as a Hugging Face folder.
+
+    Args:
+        config: which one.
+        texts: documents, read as far as needed (bpe: what to learn from; chars: all).
+        folder: where; it appears only when it is whole.
+
+    Raises:
+        DataError: there is nothing to learn from, or no such tokenizer.
+    """
+    if config.kind == "hf":
+        made = load_hf(config)
+    elif config.kind == "bytes":
+        made = wrap(bytes_(), has_unknown=False)
+    else:
+        first = next(texts, None)
+        if first is None:
+            raise DataError(f"data.tokenizer.kind={config.kind} learns from text, and no source has any; use kind=hf or bytes")
+        every = chain([first], texts)
+        tokenizer = chars(every) if config.kind == "chars" else train_bpe(every, vocab_size=config.vocab_size)
+        made = wrap(tokenizer, has_unknown=config.kind == "chars")
+    staging = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    made.save_pretrained(str(staging))
+    if not (staging / "tokenizer.json").is_file():
+        raise DataError(f"data.tokenizer.path={config.path}: cannot be saved as tokenizer.json; use a fast tokenizer")
+    with contextlib.suppress(FileExistsError):
+        staging.rename(folder)
+
+
+def folder_digest(folder: Path) -> str:
+    """The digest of what decides the ids: `tokenizer.json` and `tokenizer_config.json`.
+
+    Raises:
+        DataError: the folder has no tokenizer.json.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise DataError(f"{folder}: no tokenizer.json in it; the store cannot be used without its tokenizer, prepare it again")
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def spec_digest(config: TokenizerConfig) -> str:
+    """What names a tokenizer before it is made: its settings, and for a local one the content of its files."""
+    if config.kind == "bpe":
+        facts = f"bpe {config.vocab_size} {config.train_bytes}"
+    elif config.kind == "hf" and config.path and os.path.isdir(config.path):
+        facts = "hf " + " ".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(config.path).glob("*token*")))
+    elif config.kind == "hf" and config.path and os.path.isfile(config.path):
+        facts = "hf " + hashlib.sha256(Path(config.path).read_bytes()).hexdigest()
+    else:
+        facts = f"{config.kind} {config.path if config.kind == 'hf' else ''}"
+    return hashlib.sha256(facts.encode()).hexdigest()
