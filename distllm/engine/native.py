@@ -82,7 +82,8 @@ class NativeEngine:
             The global mean loss and gradient norm, still on the device.
         """
         model, mesh = self.parallel.forward, self.parallel.mesh
-        model.train()
+        if not model.training:
+            model.train()
         skipped = self.settle() if self._scale else ()  # the loss scale must know of an overflow before it is used
         scale = self._scale.value / self._loss_unit if self._scale else 1.0
         total = torch.zeros(2, dtype=torch.float32, device=self._device)  # [loss sum, count] of the global batch
@@ -129,7 +130,8 @@ class NativeEngine:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> LossTerms:
         """The loss terms of one micro-batch of this rank, without gradients, in eval mode."""
-        self.parallel.forward.eval()
+        if self.parallel.forward.training:
+            self.parallel.forward.eval()
         return self._terms(batch.to(self._device))
 
     def _terms(self, batch: Batch) -> LossTerms:

@@ -16,6 +16,7 @@ from distllm.checkpoint.find import Found, read_facts
 from distllm.checkpoint.manager import CheckpointManager
 from distllm.comm import World
 from distllm.config.check import Resolved, resolve_layout, resolved_config
+from distllm.config.errors import ConfigError
 from distllm.config.load import digest, to_yaml
 from distllm.config.schema import Config
 from distllm.data.loader import Samples
@@ -29,7 +30,7 @@ from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
 from distllm.train.folder import RunFolder, claim
-from distllm.train.host import random_state, restore_random_state, seed_rank, tune_host
+from distllm.train.host import memory_of, random_state, restore_random_state, seed_rank, tune_host
 from distllm.train.objectives import causal_lm
 from distllm.train.optim import make_optimizer, make_penalty
 from distllm.train.schedule import make_schedule
@@ -93,6 +94,7 @@ def build(config: Config, world: World) -> Run:
     comm.main_first(lambda: _keep_tokenizer(prepared.tokenizer_folder, tokenizer), world)
     samples = Samples(prepared, config)
     spec = resolve_spec(config, vocab_size=prepared.vocab_size)
+    _refuse_too_large(config, spec, world, shards=resolved.dp_shard)
     mesh = build_mesh(world, sizes={a: getattr(resolved, a) for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp")})
     engine = build_engine(config, world, mesh=mesh, spec=spec)
     seed_rank(config.seed, dp_rank=mesh.dp_rank)
@@ -117,6 +119,23 @@ def build(config: Config, world: World) -> Run:
               tracker, meter, log, start)  # fmt: skip
     _announce(run, found)
     return run
+
+
+def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:
+    """Refuse a model whose weights, gradients and optimizer state alone are larger than the memory there is."""
+    parameters = sum(p.numel() for p in meta_model(spec).parameters())
+    buffers = {"adamw": 2, "adam": 2, "rmsprop": 2, "sgd": 1, "lion": 1}[config.optim.name]
+    ranks = 1 if world.device.type == "cuda" else world.local_size  # ranks on a CPU share its memory
+    need = parameters * 4 * (2 + buffers) / shards * ranks
+    have = memory_of(world.device)
+    if need > have:
+        raise ConfigError(
+            [
+                f"model: {parameters:,} parameters need at least {need / 2**30:,.1f} GiB for fp32 weights, gradients and "
+                f"{config.optim.name} state, and {world.device.type} has {have / 2**30:,.1f} GiB; "
+                f"give smaller model.sizes, or more ranks in layout.dp_shard"
+            ]
+        )
 
 
 def build_engine(config: Config, world: World, *, mesh: Mesh, spec: ModelSpec) -> NativeEngine:

@@ -42,7 +42,7 @@ def claim(config: Config) -> RunFolder:
     """
     path = Path(config.out) / config.name
     saved = path / CONFIG_FILE
-    if saved.exists():
+    if saved.exists() and _has_begun(path):
         if config.resume == "never":
             raise ConfigError(
                 [f"resume=never: {path} already holds a run; use resume=auto to continue it, or another name=..."]
@@ -55,7 +55,7 @@ def claim(config: Config) -> RunFolder:
                     f"use another name=..., or the same values to continue it"
                 ]
             )
-    elif path.exists() and any(path.iterdir()):
+    elif not saved.exists() and path.exists() and any(path.iterdir()):
         raise ConfigError([f"name={config.name}: {path} is not empty and holds no run; use another name=... or out=..."])
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{CONFIG_FILE}.tmp"
@@ -92,6 +92,12 @@ def read_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers, tokenizers and json have no common error class
         raise DataError(f"{folder}: no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a run took a step here; a start that failed before leaves nothing that a corrected one could harm."""
+    figures = path / "metrics.jsonl"
+    return (figures.exists() and figures.stat().st_size > 0) or any((path / "checkpoints").glob("step-*"))
 
 
 def _differences(saved: Path, config: Config) -> list[str]:

@@ -50,6 +50,13 @@ def keep_memory() -> None:
     mallopt(m_top_pad, 64 << 20)
 
 
+def memory_of(device: torch.device) -> int:
+    """The bytes of memory that a device has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def seed_rank(seed: int, *, dp_rank: int) -> None:
     """Seed every generator of this process; data-parallel ranks differ, so that their dropout does."""
     mixed = (seed * 1_000_003 + dp_rank * 7_919 + 12_345) % 2**32

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from distllm.comm import Agreement
-from distllm.config.errors import EXIT_OK, EXIT_STOPPED, DivergedError
+from distllm.config.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, DivergedError
 from distllm.data.batch import Batch
 from distllm.data.loader import step_batches, validation_batches
 from distllm.engine.base import Skipped, StepOut
@@ -25,6 +25,17 @@ def due(step: int, every: int) -> bool:
 
 
 def train(run: Run) -> int:
+    """Train the run, and close its files and its W&B run however it ends; arguments and errors as in `train_steps`."""
+    try:
+        code = train_steps(run)
+    except BaseException as error:
+        close(run, code=getattr(error, "exit_code", EXIT_BUG))
+        raise
+    close(run, code=code)
+    return code
+
+
+def train_steps(run: Run) -> int:
     """Train until the last step, or until asked to stop; the state is saved either way.
 
     Returns:
@@ -60,14 +71,13 @@ def train(run: Run) -> int:
                     save(run, position=replace(at, seconds=clock.total()))
                 clock.saved()
         agreement.last()
-    last, sample = None, None
-    if not stopping:
-        at, last = validate(run, step, at, limit=0)
-        sample = sample_text(run, step)
-    run.checkpoints.wait()
+        last, sample = None, None
+        if not stopping:
+            at, last = validate(run, step, at, limit=0)
+            sample = sample_text(run, step)
+        run.checkpoints.wait()
     code = EXIT_STOPPED if stopping else EXIT_OK
     tell_end(run, at, last, sample, seconds=clock.attempt(), stopped=(request.received or "another rank") if stopping else None)
-    close(run, code=code)
     return code
 
 

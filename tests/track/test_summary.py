@@ -18,7 +18,8 @@ def test_plain_text_says_everything() -> None:
         "quick start: done, 300 steps", "1,228,800 tokens", "2 min 5 s, 9,830 tokens/s", "3.1250",
         "loss 3.2500, perplexity 25.79",
         "accuracy 41.0%", "6.5000", "3.2000 at step 250", "2 steps", "checkpoints/step-300", "metrics.jsonl",
-        "distllm generate 'runs/quick start'", "distllm export 'runs/quick start' 'runs/quick start/export'", "distllm report 'runs/quick start'",
+        "distllm generate 'runs/quick start'", "distllm report 'runs/quick start'",
+        "distllm export 'runs/quick start' 'runs/quick start/export'",
         "distllm train a.yaml train.steps=600", "def f(x):",
     ):  # fmt: skip
         assert part in text, part

@@ -221,6 +221,13 @@ def test_another_run_in_the_folder_is_refused_by_the_key_that_differs(in_process
     assert more.engine.updates == 12
 
 
+def test_a_start_that_failed_before_its_first_step_does_not_hold_the_folder(in_process: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GiB"):
+        in_process(tmp_path, "model.sizes.hidden_size=65536", "model.sizes.num_hidden_layers=200")
+    assert (tmp_path / "runs" / "tiny" / "config.yaml").exists()
+    assert in_process(tmp_path).engine.updates == 0
+
+
 def test_a_folder_that_holds_something_else_is_refused(in_process: Any, tmp_path: Path) -> None:
     there = tmp_path / "runs" / "tiny"
     there.mkdir(parents=True)
@@ -251,3 +258,8 @@ def test_checkpoints_by_the_clock(in_process: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(loop.time, "monotonic", a_minute_later)
     assert train(made) == EXIT_OK
     assert len(list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))) > 1
+
+
+def test_a_model_that_cannot_fit_is_refused_before_memory_is_taken(in_process: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model: [\d,]+ parameters need at least [\d,.]+ GiB .* cpu has .* GiB; give smaller"):
+        in_process(tmp_path, "model.sizes.hidden_size=65536", "model.sizes.num_hidden_layers=200")

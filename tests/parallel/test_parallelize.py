@@ -1,0 +1,103 @@
+"""Any sharding starts from the same weights, keeps every name, and sends what the formulas say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from distllm.comm import World
+from distllm.config.schema import ActivationConfig
+from distllm.models.build import initial_tensors, resolve_spec
+from distllm.parallel.mesh import AXES, build_mesh
+from distllm.train.build import build_engine
+from tests.ranks import on_ranks
+from tests.runs import tiny_config
+from tests.toy import BLOCKS, Settings, Toy, step_of, toy_engine
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)]
+
+
+@pytest.mark.parametrize(("replicate", "shard"), LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_any_sharding_starts_from_the_same_weights(family: str, replicate: int, shard: int, tmp_path: Path) -> None:
+    sizes = '{"n_layer": 2, "n_embd": 20, "n_head": 2}' if family == "gpt2" else '{"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}'  # noqa: E501
+    config = tiny_config(tmp_path, f"model.type={family}", f"model.sizes={sizes}", prepared=False)
+    spec = resolve_spec(config, vocab_size=257)
+    wanted = {name: tensor.numpy() for name, tensor in initial_tensors(spec, seed=config.seed)}
+
+    def rank(world: World) -> dict[str, np.ndarray]:
+        mesh = build_mesh(world, sizes=dict.fromkeys(AXES, 1) | {"dp_replicate": replicate, "dp_shard": shard})
+        engine = build_engine(config, world, mesh=mesh, spec=spec)
+        assert any(isinstance(p, DTensor) for p in engine.parallel.model.parameters()) == (shard > 1)
+        return {name: tensor.numpy().copy() for name, tensor in engine.full_tensors()}
+
+    found = on_ranks(rank, replicate * shard, tmp_path / "ranks")[0]
+    assert found.keys() <= wanted.keys() and len(found) > 10
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+
+
+def test_names_survive_every_wrapping(tmp_path: Path) -> None:
+    settings = Settings(shard=2, activation=ActivationConfig(mode="full"), compile=True)
+
+    def rank(world: World) -> list[str]:
+        return sorted(toy_engine(world, settings).parallel.model.state_dict())
+
+    assert on_ranks(rank, 2, tmp_path) == [sorted(Toy().state_dict())] * 2
+
+
+def collectives(world: World, settings: Settings) -> dict[str, int]:
+    engine = toy_engine(world, settings)
+    mesh = engine.parallel.mesh
+    micro = {"accumulation": settings.accumulation, "dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
+    engine.train_step(step_of(0, size=8, **micro), samples=range(8))  # the first step also sets up
+    with CommDebugMode() as counted:
+        engine.train_step(step_of(8, size=8, **micro), samples=range(8, 16))
+    totals: dict[str, int] = {}
+    for op, number in counted.get_comm_counts().items():
+        kind = next(k for k in ("all_gather", "allgather", "reduce_scatter", "allreduce", "all_reduce") if k in str(op))
+        kind = {"allgather": "all_gather", "all_reduce": "allreduce"}.get(kind, kind)
+        totals[kind] = totals.get(kind, 0) + number
+    return totals
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fsdp_gathers_and_scatters_as_often_as_the_formula_says(accumulation: int, tmp_path: Path) -> None:
+    """Blocks are gathered for forward and backward, the root once; each unit is scattered once a micro-batch."""
+    found = on_ranks(lambda world: collectives(world, Settings(shard=2, accumulation=accumulation)), 2, tmp_path)[0]
+    assert found["all_gather"] == accumulation * (2 * BLOCKS + 1)
+    assert found["reduce_scatter"] == accumulation * (BLOCKS + 1)
+    assert found["allreduce"] == 2  # [loss sum, count], and the squared norm
+
+
+def test_keeping_what_was_gathered_saves_the_second_gather(tmp_path: Path) -> None:
+    found = on_ranks(lambda world: collectives(world, Settings(shard=2, reshard=False)), 2, tmp_path)[0]
+    assert found["all_gather"] == BLOCKS + 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ddp_reduces_once_a_step_whatever_the_accumulation(accumulation: int, tmp_path: Path) -> None:
+    settings = Settings(replicate=2, accumulation=accumulation)
+
+    def rank(world: World) -> tuple[dict[str, int], int]:
+        sent = []
+        real = torch.distributed.all_reduce
+
+        def counted(tensor: torch.Tensor, *args: Any, **rest: Any) -> Any:
+            sent.append(tensor.numel())
+            return real(tensor, *args, **rest)
+
+        torch.distributed.all_reduce = counted  # type: ignore[assignment]
+        found = collectives(world, settings)
+        return found, max(sent)
+
+    parameters = sum(p.numel() for p in Toy().parameters())
+    for found, largest in on_ranks(rank, 2, tmp_path):
+        assert set(found) == {"allreduce"} and found["allreduce"] == 2  # one bucket, and [loss sum, count]
+        assert largest == parameters
