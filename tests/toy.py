@@ -15,7 +15,7 @@ from distllm.config.schema import ActivationConfig, OptimConfig, PrecisionConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.native import DTYPES, NativeEngine
 from distllm.models.spec import ModelSpec
-from distllm.parallel.mesh import build_mesh
+from distllm.parallel.mesh import AXES, build_mesh
 from distllm.parallel.parallelize import parallelize
 from distllm.train.objectives import causal_lm
 from distllm.train.optim import make_optimizer, make_penalty
@@ -107,7 +107,7 @@ class Settings:
 
 
 def toy_engine(world: World, settings: Settings) -> NativeEngine:
-    sizes = {"pp": 1, "dp_replicate": settings.replicate, "dp_shard": settings.shard, "cp": 1, "tp": 1}
+    sizes = dict.fromkeys(AXES, 1) | {"dp_replicate": settings.replicate, "dp_shard": settings.shard}
     mesh = build_mesh(world, sizes=sizes)
     with torch.device("meta"):
         model = Toy()

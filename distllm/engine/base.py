@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from distllm.checkpoint.chunk import Chunk
 from distllm.data.batch import Batch
@@ -80,6 +82,10 @@ class Engine(Protocol):
         """The loss terms of one micro-batch of this rank, without gradients, in eval mode."""
         ...
 
+    def inference(self) -> AbstractContextManager[nn.Module]:
+        """The model for writing text: eval mode, the training precision, no gradients."""
+        ...
+
     def state(self) -> Mapping[str, Chunk]:
         """The tensors of a checkpoint, this rank's pieces by name; loading fills them in place."""
         ...
@@ -88,8 +94,8 @@ class Engine(Protocol):
         """The scalars of a checkpoint, JSON."""
         ...
 
-    def prepare_restore(self, facts: dict[str, Any]) -> None:
-        """Take over a checkpoint's scalars and make the state that `state()` then offers for filling."""
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Take over a checkpoint's scalars; its tensors are loaded into what `state()` gives."""
         ...
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from distllm import comm
 from distllm.checkpoint.chunk import Chunk, chunk_of
+from distllm.config.errors import ConfigError
 from distllm.config.schema import PrecisionConfig
 from distllm.data.batch import Batch
 from distllm.engine.base import LossTerms, Objective, Skipped, StepOut
 from distllm.engine.local import LocalParameters, local_part
 from distllm.engine.scaler import LossScale
+from distllm.engine.verdict import Verdict
 from distllm.parallel.data import set_last_microbatch
 from distllm.parallel.parallelize import Parallel
 
@@ -25,9 +29,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class NativeEngine:
     """Trains a model laid out by `parallelize`.
 
-    A step that is not finite on any rank leaves weights, optimizer state and schedule as they were. On a GPU with a
-    fused optimizer nothing waits for that verdict: the update kernel itself obeys it, and the host reads it at the next
-    step, when it has long been computed.
+    A step that is not finite on any rank leaves weights, optimizer state and schedule as they were. On a GPU with fused
+    Adam or AdamW nothing waits for that verdict: the update kernel itself obeys it, and the host reads its copy at the
+    next step, when it has long arrived. With other optimizers, and for the loss scale of fp16, the host waits each step.
     """
 
     def __init__(
@@ -62,14 +66,18 @@ class NativeEngine:
         self.optimizer = optimizer(self.parameters)
         self.updates = 0
         self.skips_in_a_row = 0
+        self.unused: tuple[str, ...] | None = None
         self._loss_unit = loss_unit
         self._objective, self._schedule, self._clip, self._penalty = objective, schedule, clip, penalty
-        self._device, self._rank = device, rank
+        self.device, self._rank = device, rank
         self._dtype = DTYPES[precision.compute]
         self._scale = LossScale(precision) if precision.compute == "fp16" else None
-        self._verdict: tuple[torch.Tensor, range, torch.Tensor] | None = None
-        # A fused update takes `found_inf` and does nothing where it is set, without the host's knowing.
-        self._fused = bool(self.optimizer.defaults.get("fused")) and device.type == "cuda"
+        self._verdict: Verdict | None = None
+        # Fused Adam takes `found_inf` and does nothing where it is set, without the host's knowing. Fused SGD leaves its
+        # momentum undefined after a skipped first step, so there the host looks, and waits for the device.
+        adam = isinstance(self.optimizer, torch.optim.Adam)  # AdamW is one
+        self._skips_on_device = adam and bool(self.optimizer.defaults.get("fused")) and device.type == "cuda"
+        self._make_optimizer_state()
 
     def train_step(self, microbatches: Sequence[Batch], *, samples: range) -> StepOut:
         """Take one optimizer step on this rank's micro-batches of one global batch.
@@ -82,28 +90,30 @@ class NativeEngine:
             The global mean loss and gradient norm, still on the device.
         """
         model, mesh = self.parallel.forward, self.parallel.mesh
-        if not model.training:
+        if not self.parallel.model.training:
             model.train()
         skipped = self.settle() if self._scale else ()  # the loss scale must know of an overflow before it is used
         scale = self._scale.value / self._loss_unit if self._scale else 1.0
-        total = torch.zeros(2, dtype=torch.float32, device=self._device)  # [loss sum, count] of the global batch
+        total = torch.zeros(2, dtype=torch.float32, device=self.device)  # [loss sum, count] of the global batch
         for index, batch in enumerate(microbatches):
             set_last_microbatch(model, index == len(microbatches) - 1)
-            terms = self._terms(batch.to(self._device))
+            terms = self._terms(batch.to(self.device))
             (terms.sum * scale if self._scale else terms.sum).backward()
             total += torch.stack([terms.sum.detach().float(), terms.count.float()])
         comm.sum_over(total, mesh.dp_group)
         loss, count = total[0] / total[1], total[1]
         self.parameters.refresh()
+        if self.unused is None:
+            self.unused = self._find_unused()
         norm = self.parameters.squared_norm().sqrt() / (count * scale)
         bad = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss))
         self._finish_gradients(norm, count * scale)
         skipped += self.settle()
         lr = self._schedule(self.updates)
         self._update(lr, bad)
-        self._verdict = (bad, samples, loss)
+        self._verdict = Verdict(bad=bad, loss=loss, samples=samples)
         self.parameters.clear_gradients()
-        if not self._fused:
+        if not self._skips_on_device:
             skipped += self.settle()
         return StepOut(loss, norm, lr, _tokens(microbatches) * mesh.dp_size, skipped)
 
@@ -116,23 +126,35 @@ class NativeEngine:
         """Read the verdict on the last step; after it `updates` is exact."""
         if self._verdict is None:
             return ()
-        (bad, samples, loss), self._verdict = self._verdict, None
-        finite = not bool(bad)
+        verdict, self._verdict = self._verdict, None
+        bad, loss_is_finite = verdict.read()
+        finite = not bad
         forgiven = self._scale.update(finite) if self._scale else False
         if finite:
             self.updates += 1
             self.skips_in_a_row = 0
             return ()
         self.skips_in_a_row += 0 if forgiven else 1  # fp16: too large a scale is no sign of divergence
-        what = "gradient" if bool(torch.isfinite(loss)) else "loss"
-        return (Skipped(samples, f"the {what} is not finite"),)
+        what = "gradient" if loss_is_finite else "loss"
+        return (Skipped(verdict.samples, f"the {what} is not finite"),)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> LossTerms:
         """The loss terms of one micro-batch of this rank, without gradients, in eval mode."""
-        if self.parallel.forward.training:
+        if self.parallel.model.training:
             self.parallel.forward.eval()
-        return self._terms(batch.to(self._device))
+        return self._terms(batch.to(self.device))
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The model as text is written with it: eval mode, the training precision, no gradients, no compiling.
+
+        A sharded model answers only when every rank calls it, and with the same inputs.
+        """
+        self.parallel.forward.eval()
+        # Growing caches would make a compiled block compile again for every length.
+        with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
+            yield self.parallel.model
 
     def _terms(self, batch: Batch) -> LossTerms:
         with self._autocast():
@@ -143,7 +165,7 @@ class NativeEngine:
         """FSDP gathers parameters in the compute dtype itself; elsewhere autocast casts them from fp32."""
         if self._dtype == torch.float32 or self.parallel.sharded:
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
+        return torch.autocast(self.device.type, dtype=self._dtype)
 
     def _finish_gradients(self, norm: torch.Tensor, divisor: torch.Tensor) -> None:
         """The one division by the global count, with the clip factor, then the penalties."""
@@ -157,17 +179,42 @@ class NativeEngine:
     def _update(self, lr: float, bad: torch.Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        if self._fused:
+        if self._skips_on_device:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not bool(bad):
             self.optimizer.step()
 
+    def _make_optimizer_state(self) -> None:
+        """Make the optimizer's state at once: a run that does not fit fails now, and every checkpoint has the same names.
+
+        A step of zero gradients at rate zero makes the state and moves no weight; its count is taken back.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for local in self.parameters.local.values():
+            local.grad = torch.zeros_like(local)
+        self.optimizer.step()
+        self.parameters.clear_gradients()
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
+
+    def _find_unused(self) -> tuple[str, ...]:
+        """The parameters that the first step left without a gradient; DDP cannot have any."""
+        unused = tuple(name for name, p in self.parameters.whole.items() if p.grad is None)
+        if unused and isinstance(self.parallel.forward, DistributedDataParallel):
+            shown = ", ".join(unused[:3])
+            raise ConfigError(
+                [f"model: {shown} got no gradient, and layout.dp_replicate needs one for each; nearest: layout.dp_shard"]
+            )
+        return unused
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Chunk]:
         """The checkpoint state of this rank: parameters, persistent buffers and optimizer state, by name."""
-        self.settle()
+        assert self._verdict is None, "settle first, so that a skip is told"
         self.parameters.refresh()
         model = self.parallel.model
         chunks = {f"model.{name}": self._chunk(p, p) for name, p in model.named_parameters()}
@@ -182,24 +229,15 @@ class NativeEngine:
 
     def facts(self) -> dict[str, Any]:
         """The engine's scalars, JSON: what `restore` needs besides the tensors."""
-        self.settle()
+        assert self._verdict is None, "settle first, so that a skip is told"
         facts: dict[str, Any] = {"updates": self.updates, "skips_in_a_row": self.skips_in_a_row}
         return facts | ({"loss_scale": self._scale.state()} if self._scale else {})
 
-    def prepare_restore(self, facts: dict[str, Any]) -> None:
-        """Take over the scalars of a checkpoint, and make optimizer state for `state` to expose and a load to fill."""
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Take over the scalars of a checkpoint; its tensors are loaded into what `state` gives."""
         self.updates, self.skips_in_a_row = facts["updates"], facts["skips_in_a_row"]
         if self._scale and "loss_scale" in facts:
             self._scale.restore(facts["loss_scale"])
-        if self.updates == 0:
-            return
-        self.parameters.refresh()
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0  # a step of nothing: zero gradients at rate zero make the state and move no weight
-        for local in self.parameters.local.values():
-            local.grad = torch.zeros_like(local)
-        self.optimizer.step()
-        self.parameters.clear_gradients()
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter and persistent buffer by name, whole, fp32, on the CPU of rank 0, one at a time."""

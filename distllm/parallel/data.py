@@ -46,7 +46,8 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32) if low else MixedPrecisionPolicy()
     for block in blocks:
         fully_shard(block, mesh=submesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=submesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # What is outside the blocks is needed again at the beginning of the backward pass: it stays gathered.
+    fully_shard(model, mesh=submesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The factor 1 alone would ask for PREMUL_SUM, which gloo has not; with the second line it is a plain SUM.
@@ -87,10 +88,11 @@ def _add_bucket(
 def set_last_microbatch(forward: nn.Module, last: bool) -> None:
     """Tell the wrapper whether this is the last micro-batch of the step.
 
-    DDP sends gradients only then. FSDP2 reduces every micro-batch, so that no rank ever holds whole gradients, and only
-    waits at the last.
+    DDP sends gradients only then. FSDP2 reduce-scatters every micro-batch, so that no rank ever holds whole gradients;
+    across replicas (HSDP) the shards are all-reduced at the last.
     """
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = last
     elif isinstance(forward, FSDPModule):
         forward.set_is_last_backward(last)
+        forward.set_requires_all_reduce(last)

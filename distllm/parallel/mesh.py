@@ -1,6 +1,6 @@
 """The mesh: which ranks stand together on which axis.
 
-The axes, outermost first, are pp, dp_replicate, dp_shard, cp, tp. An axis of size 1 has no process group and costs
+The axes, outermost first, are pp, dp_replicate, dp_shard, cp, tp, ep. An axis of size 1 has no process group and costs
 nothing: it is left out of the device mesh, and whoever asks for its group gets `None`, a group of one.
 """
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distllm.comm import World
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 DATA_AXES = ("dp_replicate", "dp_shard")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,21 @@ from distllm.checkpoint.find import Found, read_facts
 from distllm.checkpoint.manager import CheckpointManager
 from distllm.comm import World
 from distllm.config.check import Resolved, resolve_layout, resolved_config
-from distllm.config.errors import ConfigError
+from distllm.config.errors import CheckpointError, ConfigError, DataError
 from distllm.config.load import digest, to_yaml
 from distllm.config.schema import Config
 from distllm.data.loader import Samples
 from distllm.data.prepare import Prepared, open_prepared, prepare
+from distllm.data.tokenizer import folder_digest
 from distllm.engine.native import DTYPES, NativeEngine
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
-from distllm.parallel.mesh import Mesh, build_mesh
+from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.parallel.parallelize import Parallel, parallelize
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
-from distllm.train.folder import RunFolder, claim
+from distllm.train.folder import RunFolder, claim, keep_model_config, keep_run_id, keep_tokenizer, read_run_id
 from distllm.train.host import memory_of, random_state, restore_random_state, seed_rank, tune_host
 from distllm.train.objectives import causal_lm
 from distllm.train.optim import make_optimizer, make_penalty
@@ -50,6 +50,16 @@ class Position:
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What the samples are made of: a run goes on only with the same."""
+
+    text: str
+    """The digest of the sources and how they are tokenised."""
+    tokenizer: str
+    """The digest of the tokenizer's files."""
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything that training, evaluation and the checkpoints of one run need."""
 
@@ -60,7 +70,7 @@ class Run:
     folder: RunFolder
     spec: ModelSpec
     samples: Samples
-    tokenizer_folder: Path
+    data: DataFacts
     engine: NativeEngine
     checkpoints: CheckpointManager
     tracker: Tracker
@@ -89,34 +99,47 @@ def build(config: Config, world: World) -> Run:
     config = resolved_config(config, world.size)
     folder = comm.main_first(lambda: claim(config), world)
     log = open_log(folder.path, rank=world.rank, terminal=True)
+    try:
+        return _assemble(config, world, resolved=resolved, folder=folder, log=log)
+    except BaseException:
+        close_log(log)
+        raise
+
+
+def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFolder, log: logging.Logger) -> Run:
+    """`build`, once the run has a folder and a log."""
     prepared = _data(config, world)
-    tokenizer = folder.path / "tokenizer"
-    comm.main_first(lambda: _keep_tokenizer(prepared.tokenizer_folder, tokenizer), world)
+    data = DataFacts(prepared.digest, folder_digest(prepared.tokenizer_folder))
+    comm.main_first(lambda: keep_tokenizer(folder, prepared.tokenizer_folder), world)
     samples = Samples(prepared, config)
     spec = resolve_spec(config, vocab_size=prepared.vocab_size)
     _refuse_too_large(config, spec, world, shards=resolved.dp_shard)
-    mesh = build_mesh(world, sizes={a: getattr(resolved, a) for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp")})
+    mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})
+    if spec.hf_config is not None:
+        comm.main_first(lambda: keep_model_config(folder, spec.hf_config), world)
     engine = build_engine(config, world, mesh=mesh, spec=spec)
-    seed_rank(config.seed, dp_rank=mesh.dp_rank)
+    seed_rank(config.seed, dp_rank=mesh.dp_rank, step=0)
     attempt = comm.broadcast(secrets.token_hex(4), world)
     checkpoints = CheckpointManager(
         folder.checkpoints, config=config.checkpoint, world=world, attempt=attempt, logger=log
     )
-    found = _resume_point(config, checkpoints)
-    facts = _restore(found, engine, checkpoints, mesh=mesh, device=world.device) if found else {}
     checkpoints.reserve(engine.state())
-    start = Position(**facts["position"]) if facts else Position()
+    found = _resume_point(config, checkpoints)
+    facts = _restore(found, engine, checkpoints, run_data=data, config=config, mesh=mesh) if found else {}
+    start = _position(found, facts) if found else Position()
     tracker = Tracker(
-        folder.path, config=config.track, resolved=config.model_dump(mode="json"), run_id=facts.get("wandb_id"),
-        is_main=world.is_main, log=log,
+        folder.path, config=config.track, resolved=config.model_dump(mode="json"),
+        run_id=comm.main_first(lambda: read_run_id(folder), world) or facts.get("wandb_id"), is_main=world.is_main, log=log,
     )  # fmt: skip
+    if world.is_main:
+        keep_run_id(folder, tracker.run_id)
     tracker.rewind(engine.updates)
     meter = Meter(
         flops_per_token=spec.flops_per_token(config.data.seq_len) if spec.flops_per_token else None,
         peak=_peak(config, world), devices=world.size, device=world.device,
     )  # fmt: skip
-    run = Run(config, resolved, world, mesh, folder, spec, samples, tokenizer, engine, checkpoints,
-              tracker, meter, log, start)  # fmt: skip
+    run = Run(config, resolved, world, mesh, folder, spec, samples, data, engine, checkpoints, tracker,
+              meter, log, start)  # fmt: skip
     _announce(run, found)
     return run
 
@@ -156,7 +179,7 @@ def build_engine(config: Config, world: World, *, mesh: Mesh, spec: ModelSpec) -
 
 def save(run: Run, *, position: Position) -> None:
     """Write a checkpoint of the run as it is now."""
-    facts = {"position": asdict(position), "engine": run.engine.facts(), "wandb_id": run.tracker.run_id}
+    facts = {"position": asdict(position), "data": asdict(run.data), "engine": run.engine.facts(), "wandb_id": run.tracker.run_id}
     run.checkpoints.save(
         run.engine.updates, run.engine.state(), facts=facts, rng=random_state(run.world.device),
         layout=dict(run.mesh.sizes), config_yaml=to_yaml(run.config), config_digest=digest(run.config),
@@ -175,14 +198,6 @@ def _data(config: Config, world: World) -> Prepared:
     return open_prepared(config)
 
 
-def _keep_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer into the run folder, so that the run can be used without its token store."""
-    if not target.exists():
-        shutil.rmtree(partial := target.with_name(".tokenizer.tmp"), ignore_errors=True)
-        shutil.copytree(source, partial)
-        partial.rename(target)
-
-
 def _resume_point(config: Config, checkpoints: CheckpointManager) -> Found | None:
     """The checkpoint to start from: this run's newest good one, else the one that the config names."""
     newest = checkpoints.newest()
@@ -192,13 +207,46 @@ def _resume_point(config: Config, checkpoints: CheckpointManager) -> Found | Non
 
 
 def _restore(
-    found: Found, engine: NativeEngine, checkpoints: CheckpointManager, *, mesh: Mesh, device: torch.device
+    found: Found,
+    engine: NativeEngine,
+    checkpoints: CheckpointManager,
+    *,
+    run_data: DataFacts,
+    config: Config,
+    mesh: Mesh,
 ) -> dict[str, Any]:
-    engine.prepare_restore(read_facts(found)["engine"])
+    """Load a checkpoint into the engine and this process's generators; returns its facts."""
+    facts = read_facts(found)
+    _refuse_other_data(found, facts, run_data, own=found.folder.parent == checkpoints.folder)
+    engine.restore(facts["engine"])
     facts, rng = checkpoints.load(found, engine.state(), layout=dict(mesh.sizes))
-    if rng is not None:  # another layout has other ranks: their generators stay as seeded
-        restore_random_state(rng, device=device)
+    if rng is not None:
+        restore_random_state(rng, device=engine.device)
+    else:  # another layout has other ranks: fresh generators, but not those of step 0 again
+        seed_rank(config.seed, dp_rank=mesh.dp_rank, step=engine.updates)
     return facts
+
+
+def _refuse_other_data(found: Found, facts: dict[str, Any], data: DataFacts, *, own: bool) -> None:
+    """Refuse to go on with other text (in the same run) or with another tokenizer (from any checkpoint)."""
+    saved = facts.get("data", {})
+    if saved.get("tokenizer") != data.tokenizer:
+        raise DataError(
+            f"{found.folder}: was trained with another tokenizer, whose ids mean other text; set data.tokenizer.kind=hf and "
+            f"data.tokenizer.path={found.folder.parent.parent / 'tokenizer'} to go on with it"
+        )
+    if own and saved.get("text") != data.text:
+        raise DataError(
+            f"{found.folder}: the text of data.sources has changed since this run began, so its order of samples is lost; "
+            f"bring the old text back, or go on as a new run: name=NEW resume={found.folder}"
+        )
+
+
+def _position(found: Found, facts: dict[str, Any]) -> Position:
+    try:
+        return Position(**facts["position"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{found.folder}: its position is of another version of distllm ({error})") from error
 
 
 def _peak(config: Config, world: World) -> float | None:

@@ -9,6 +9,7 @@ import torch
 
 from distllm import generate
 from distllm.checkpoint.find import candidates
+from distllm.config.trust import own_code
 from distllm.evaluate import Evaluation
 from distllm.track.summary import Summary, render_summary
 from distllm.train.build import Position, Run
@@ -26,19 +27,19 @@ def sample_text(run: Run, step: int) -> str | None:
     t = run.config.train
     if t.sample_tokens == 0 or not t.sample_prompts:
         return None
-    tokenizer = read_tokenizer(run.tokenizer_folder)
-    run.engine.parallel.model.eval()
-    with run.meter.pause():
+    tokenizer = read_tokenizer(run.folder.tokenizer)
+    with run.meter.pause(), run.engine.inference() as model:
         texts = generate.sample_text(
-            run.engine.parallel.model, tokenizer=tokenizer, prompts=t.sample_prompts, max_tokens=t.sample_tokens,
-            temperature=t.sample_temperature, max_len=run.spec.max_seq_len, device=run.world.device,
+            model, tokenizer=tokenizer, prompts=t.sample_prompts, max_len=run.spec.max_seq_len,
+            sampling=generate.Sampling(t.sample_tokens, t.sample_temperature), device=run.world.device,
+            to_the_end=run.world.size > 1,
             generator=torch.Generator(run.world.device).manual_seed(run.config.seed),
         )  # fmt: skip
     if run.world.is_main:
         with (run.folder.path / "samples.txt").open("a", encoding="utf-8") as file:
             for prompt, text in zip(t.sample_prompts, texts, strict=True):
                 file.write(f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n")
-    run.log.info(f"step {step}: sample: {t.sample_prompts[-1]}{texts[-1]!r}")
+    run.log.info(f"step {step}: sample: {t.sample_prompts[-1] + texts[-1]!r}")
     return texts[-1]
 
 
@@ -48,9 +49,13 @@ def tell_end(
     """Write the summary: to the terminal, to the log, and as `summary.json`."""
     if not run.world.is_main:
         return
+    if run.engine.unused:
+        run.log.warning(f"{len(run.engine.unused)} parameters got no gradient: {', '.join(run.engine.unused[:5])}")
     step = run.engine.updates
     total = run.config.train.steps
-    again = f"distllm train {shlex.quote(str(run.folder.path))}" + ("" if stopped else f" train.steps={2 * total}")
+    trust = own_code(run.config) is not None
+    again = f"distllm train {shlex.quote(str(run.folder.path))}" + (" --trust" if trust else "")
+    again += "" if stopped else f" train.steps={2 * total}"
     newest = next((folder for _, folder in candidates(run.folder.checkpoints)), None)
     summary = Summary(
         run_folder=run.folder.path, steps=step, total_steps=total, seconds=seconds, tokens=at.tokens,
@@ -59,7 +64,7 @@ def tell_end(
         val_accuracy=last.accuracy if last else None, unigram_loss=run.samples.unigram_loss() if last else None,
         best_val_loss=at.best_val_loss, best_step=at.best_step, skipped=at.skipped, checkpoint=newest,
         prompt=run.config.train.sample_prompts[-1] if sample else "", sample=sample,
-        tokens_per_s=(at.tokens - run.start.tokens) / max(seconds, 1e-9), stopped=stopped,
+        tokens_per_s=(at.tokens - run.start.tokens) / max(seconds, 1e-9), stopped=stopped, own_code=trust,
     )  # fmt: skip
     run.tracker.summary({k: v for k, v in vars(summary).items() if isinstance(v, int | float)})
     print(render_summary(summary, terminal=sys.stdout.isatty()), flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,23 @@ class RunFolder:
     """Where a run keeps everything."""
 
     path: Path
-    continued: bool
-    """Whether an earlier attempt of the same run was here."""
+    begun: bool
+    """Whether an earlier attempt of the same run took steps here."""
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer, kept so that the run can be used without its token store."""
+        return self.path / "tokenizer"
+
+    @property
+    def run_id(self) -> Path:
+        """The file with the id of the W&B run, for a start that has no checkpoint yet to read it from."""
+        return self.path / "wandb_id"
 
 
 def claim(config: Config) -> RunFolder:
@@ -42,7 +54,8 @@ def claim(config: Config) -> RunFolder:
     """
     path = Path(config.out) / config.name
     saved = path / CONFIG_FILE
-    if saved.exists() and _has_begun(path):
+    begun = saved.exists() and _has_begun(path)
+    if begun:
         if config.resume == "never":
             raise ConfigError(
                 [f"resume=never: {path} already holds a run; use resume=auto to continue it, or another name=..."]
@@ -59,10 +72,9 @@ def claim(config: Config) -> RunFolder:
         raise ConfigError([f"name={config.name}: {path} is not empty and holds no run; use another name=... or out=..."])
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{CONFIG_FILE}.tmp"
-    continued = saved.exists()
     temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(saved)
-    return RunFolder(path, continued)
+    return RunFolder(path, begun)
 
 
 def read_config(folder: Path) -> Config:
@@ -89,7 +101,7 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and json have no common error class
         raise DataError(f"{folder}: no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
 
@@ -98,6 +110,37 @@ def _has_begun(path: Path) -> bool:
     """Whether a run took a step here; a start that failed before leaves nothing that a corrected one could harm."""
     figures = path / "metrics.jsonl"
     return (figures.exists() and figures.stat().st_size > 0) or any((path / "checkpoints").glob("step-*"))
+
+
+def keep_tokenizer(folder: RunFolder, source: Path) -> None:
+    """Copy the tokenizer into the run folder; a run that took steps keeps the one that it has."""
+    if not (folder.begun and folder.tokenizer.exists()):
+        _swap_in(folder.tokenizer, lambda partial: shutil.copytree(source, partial))
+
+
+def keep_model_config(folder: RunFolder, hf_config: Any) -> None:
+    """Write the transformers config into the run folder, so that the run can be used without the model that it began from."""
+    _swap_in(folder.path / "model_config", lambda partial: hf_config.save_pretrained(partial))
+
+
+def keep_run_id(folder: RunFolder, run_id: str | None) -> None:
+    """Write down the id of the W&B run, if there is one."""
+    if run_id is not None:
+        folder.run_id.write_text(run_id + "\n", encoding="utf-8")
+
+
+def read_run_id(folder: RunFolder) -> str | None:
+    """The id of the W&B run that an earlier attempt began."""
+    return folder.run_id.read_text(encoding="utf-8").strip() if folder.begun and folder.run_id.exists() else None
+
+
+def _swap_in(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder beside its place and put it there whole."""
+    partial = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
 
 
 def _differences(saved: Path, config: Config) -> list[str]:

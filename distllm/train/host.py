@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from distllm.comm import World
+from distllm.config.machine import cores
 from distllm.config.schema import Config
 
 
@@ -22,8 +24,7 @@ def tune_host(config: Config, world: World) -> None:
         config: `train.threads`, `train.deterministic` and `precision.tf32` are read.
         world: local ranks share the cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
+    torch.set_num_threads(config.train.threads or max(1, cores() // world.local_size))
     if world.device.type == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
@@ -57,9 +58,12 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def seed_rank(seed: int, *, dp_rank: int) -> None:
-    """Seed every generator of this process; data-parallel ranks differ, so that their dropout does."""
-    mixed = (seed * 1_000_003 + dp_rank * 7_919 + 12_345) % 2**32
+def seed_rank(seed: int, *, dp_rank: int, step: int) -> None:
+    """Seed every generator of this process; data-parallel ranks differ, so that their dropout does.
+
+    `step` is where the run goes on, so that a resume on another layout does not draw the masks of its beginning again.
+    """
+    mixed = int.from_bytes(hashlib.sha256(f"{seed} {dp_rank} {step}".encode()).digest()[:4], "little")
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -46,7 +47,8 @@ def train_steps(run: Run) -> int:
     """
     t, every, engine, meter = run.config.train, run.config.checkpoint.every, run.engine, run.meter
     at, step, clock = run.start, engine.updates, _Clock(run.start.seconds)
-    agreement, stopping = Agreement(run.world, flags=2), False
+    agreement, stopping, saved = Agreement(run.world, flags=3), False, False
+    rhythms = (t.log_every, t.eval_every, t.sample_every, every)
     bar = Progress(t.steps, start=step, terminal=run.world.is_main)
     with StopRequest() as request, bar, closing(_step_batches(run)) as batches:
         while step < t.steps and not stopping:
@@ -55,11 +57,16 @@ def train_steps(run: Run) -> int:
             out = engine.train_step(microbatches, samples=range(at.samples, at.samples + run.resolved.global_batch))
             meter.step(out.tokens)
             at = replace(at, samples=at.samples + run.resolved.global_batch, tokens=at.tokens + out.tokens)
-            skipped = out.skipped if engine.step < t.steps else out.skipped + engine.settle()  # the last one counts
-            at = _tell_skips(run, at, skipped)
-            before, step = step, engine.step
-            stopping, late = agreement.exchange([request.received is not None, clock.late(run.config.checkpoint.every_minutes)])
+            at = _tell_skips(run, at, out.skipped)
+            late = clock.late(run.config.checkpoint.every_minutes)
+            stopping, late, torn = agreement.exchange([request.received is not None, late, run.checkpoints.write_failed()])
+            late = late and not saved  # the answer is a step old: it may have been obeyed already
+            if stopping or late or torn or engine.step >= t.steps or any(due(engine.step, n) for n in rhythms):
+                at = _tell_skips(run, at, engine.settle())  # whether this step was taken is known before it is acted on
+            before, step, saved = step, engine.step, False
             fresh = step > before  # a skipped step is as if it had never been taken: what was due was done
+            if torn:
+                run.checkpoints.wait()  # raises what kept the last checkpoint from being written
             if fresh and (due(step, t.log_every) or step == t.steps):
                 bar.advance(step, _log_step(run, step, at, out, clock))
             if fresh and due(step, t.eval_every) and step < t.steps:
@@ -69,7 +76,7 @@ def train_steps(run: Run) -> int:
             if (fresh and (due(step, every) or step == t.steps)) or late or stopping:
                 with meter.pause():
                     save(run, position=replace(at, seconds=clock.total()))
-                clock.saved()
+                saved = clock.saved()
         agreement.last()
         last, sample = None, None
         if not stopping:
@@ -102,7 +109,7 @@ def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position
     run.tracker.log(step, result.as_metrics())
     accuracy = "" if result.accuracy is None else f", accuracy {100 * result.accuracy:.1f} %"
     run.log.info(f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{accuracy}")
-    if at.best_val_loss is None or result.loss < at.best_val_loss:
+    if math.isfinite(result.loss) and (at.best_val_loss is None or result.loss < at.best_val_loss):
         at = replace(at, best_val_loss=result.loss, best_step=step)
     return at, result
 
@@ -139,15 +146,17 @@ def _tell_skips(run: Run, at: Position, skipped: tuple[Skipped, ...]) -> Positio
         run.log.warning(
             f"step {run.engine.updates + 1} skipped: {skip.reason}; samples {skip.samples.start} to {skip.samples.stop - 1}"
         )
+    at = replace(at, skipped=at.skipped + len(skipped))
     if run.engine.skips_in_a_row >= run.config.train.max_skips:
+        run.engine.settle()
+        save(run, position=at)  # the weights are those before the first of them
         run.checkpoints.wait()
-        newest = run.checkpoints.newest()
         raise DivergedError(
             f"{run.engine.skips_in_a_row} steps in a row had a loss or gradient that is not finite (train.max_skips="
-            f"{run.config.train.max_skips}); the weights are as before them; newest good checkpoint: "
-            f"{newest.folder if newest else 'none yet'}; try a lower optim.lr, or look at the samples in {run.folder.path}/logs"
+            f"{run.config.train.max_skips}); the state before them is saved as step {run.engine.updates} in "
+            f"{run.folder.checkpoints}; try a lower optim.lr, or look at the samples named in {run.folder.path / 'logs'}"
         )
-    return replace(at, skipped=at.skipped + len(skipped))
+    return at
 
 
 class _Clock:
@@ -163,8 +172,9 @@ class _Clock:
     def total(self) -> float:
         return self._before + self.attempt()
 
-    def saved(self) -> None:
+    def saved(self) -> bool:
         self._saved = time.monotonic()
+        return True
 
     def late(self, minutes: float) -> bool:
         return minutes > 0 and time.monotonic() - self._saved >= 60.0 * minutes

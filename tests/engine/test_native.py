@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from distllm.comm import World
+from distllm.config.errors import ConfigError
 from distllm.config.schema import ActivationConfig, OptimConfig, PrecisionConfig
 from tests.ranks import on_ranks
-from tests.toy import Settings, run_toy, toy_batch, toy_engine
+from tests.toy import Settings, Toy, run_toy, step_of, toy_batch, toy_engine
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 SGD = OptimConfig(name="sgd", lr=0.05, momentum=0.9, weight_decay=0.01, clip=0.5)
@@ -99,3 +101,57 @@ def test_tied_weights_stay_tied_and_buffers_arrive(tmp_path: Path) -> None:
         return model.get_parameter("embed.weight") is model.get_parameter("head.weight"), float(model.get_buffer("scale"))
 
     assert on_ranks(check, 2, tmp_path) == [(True, 2.0)] * 2
+
+
+def test_an_unused_parameter_is_refused_by_ddp_and_bearable_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Toy.__init__
+
+    def with_unused(self: Toy) -> None:
+        build(self)
+        self.unused = nn.Linear(2, 2, bias=False)
+
+    monkeypatch.setattr(Toy, "__init__", with_unused)
+
+    def rank(world: World) -> str:
+        with pytest.raises(ConfigError) as caught:
+            run_toy(world, Settings(replicate=2))
+        return str(caught.value)
+
+    wanted = "model: unused.weight got no gradient, and layout.dp_replicate needs one for each; nearest: layout.dp_shard"
+    assert on_ranks(rank, 2, tmp_path) == [wanted] * 2
+    for ranks, settings in ((1, Settings()), (2, Settings(shard=2))):
+        state = on_ranks(lambda world, s=settings: list(trained_state(world, s)), ranks, tmp_path)[0]
+        assert "optim.unused.weight.exp_avg" in state
+
+
+def trained_state(world: World, settings: Settings) -> dict[str, Any]:
+    """The checkpoint's names, which are the same before and after the first step."""
+    engine = toy_engine(world, settings)
+    before = set(engine.state())
+    mesh = engine.parallel.mesh
+    engine.train_step(step_of(0, size=8, accumulation=1, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size), samples=range(8))
+    assert set(engine.state()) == before
+    return engine.state()
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler about torch itself
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_blocks_give_the_same_run(ranks: int, tmp_path: Path) -> None:
+    reference = run_toy(ONE, Settings(optim=SGD))
+    settings = Settings(optim=SGD, shard=ranks, compile=True)
+    result = on_ranks(lambda world: run_toy(world, settings), ranks, tmp_path)[0]
+    assert_same(result, reference, weights=2e-6)
+
+
+def test_shards_smaller_than_the_ranks_may_be_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.toy.HIDDEN", 3)  # four ranks share norms of three numbers
+    reference = run_toy(ONE, Settings(optim=SGD))
+    result = on_ranks(lambda world: run_toy(world, Settings(optim=SGD, shard=4)), 4, tmp_path)[0]
+    assert_same(result, reference, weights=2e-6)
+
+
+def test_bf16_by_autocast_and_by_fsdp_agree_to_the_digits_of_the_format(tmp_path: Path) -> None:
+    bf16 = PrecisionConfig(compute="bf16")
+    ddp = on_ranks(lambda world: run_toy(world, Settings(replicate=2, precision=bf16)), 2, tmp_path)[0]
+    fsdp = on_ranks(lambda world: run_toy(world, Settings(shard=2, precision=bf16)), 2, tmp_path)[0]
+    np.testing.assert_allclose(fsdp["losses"], ddp["losses"], rtol=2.0**-8, atol=0)

@@ -17,20 +17,20 @@ def draw() -> tuple[float, float, float, float]:
 
 
 def test_the_random_state_comes_back_whole() -> None:
-    seed_rank(3, dp_rank=0)
+    seed_rank(3, dp_rank=0, step=0)
     draw()  # a normal number leaves one cached: it is part of the state
     state = random_state(CPU)
     assert all(tensor.dtype == torch.uint8 for tensor in state.values())
     wanted = [draw(), draw()]
-    seed_rank(4, dp_rank=0)
+    seed_rank(4, dp_rank=0, step=0)
     restore_random_state({name: tensor.clone() for name, tensor in state.items()}, device=CPU)
     assert [draw(), draw()] == wanted
 
 
 def test_seeds_repeat_and_ranks_differ() -> None:
     drawn = {}
-    for seed, rank in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        seed_rank(seed, dp_rank=rank)
-        drawn.setdefault((seed, rank), []).append(draw())
-    assert drawn[1, 0][0] == drawn[1, 0][1]
-    assert len({values[0] for values in drawn.values()}) == 3
+    for seed, rank, step in ((1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 7), (1, 0, 0)):
+        seed_rank(seed, dp_rank=rank, step=step)
+        drawn.setdefault((seed, rank, step), []).append(draw())
+    assert drawn[1, 0, 0][0] == drawn[1, 0, 0][1]
+    assert len({values[0] for values in drawn.values()}) == 4

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +18,16 @@ import pytest
 import torch
 
 from distllm.comm import World
-from distllm.config.errors import EXIT_OK, EXIT_STOPPED, ConfigError, DivergedError
+from distllm.config.errors import EXIT_OK, EXIT_STOPPED, ConfigError, DataError, DivergedError, StorageError
 from distllm.config.schema import Config
+from distllm.data.tokenizer import folder_digest
 from distllm.engine.base import LossTerms
 from distllm.train import loop
 from distllm.train.build import Run, build, close
 from distllm.train.loop import train
 from distllm.train.objectives import causal_lm
 from tests.ranks import on_ranks
-from tests.runs import losses, metrics, run_tiny, state, tiny_config
+from tests.runs import losses, metrics, run_tiny, state, tiny_config, words
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 LAYOUTS = {
@@ -204,10 +207,10 @@ def test_a_skipped_batch_is_logged_and_the_run_goes_on(in_process: Any, tmp_path
 def test_too_many_skips_in_a_row_stop_the_run_with_a_good_checkpoint(in_process: Any, tmp_path: Path) -> None:
     made = in_process(tmp_path, "train.max_skips=3")
     made.engine._objective = poison(range(40, 10**6))
-    with pytest.raises(DivergedError, match=r"3 steps in a row .* newest good checkpoint: .*step-4; try a lower optim.lr"):
+    with pytest.raises(DivergedError, match=r"3 steps in a row .* is saved as step 5 in .*checkpoints; try a lower optim.lr"):
         train(made)
     again = in_process(tmp_path, "train.max_skips=3")
-    assert again.engine.updates == 4
+    assert (again.engine.updates, again.start.samples, again.start.skipped) == (5, 64, 3)  # past the bad samples
     assert all(np.isfinite(value).all() for value in state(tmp_path / "runs" / "tiny").values())
 
 
@@ -247,17 +250,108 @@ def test_a_new_run_can_start_from_a_checkpoint_of_another(in_process: Any, unbro
     assert again.engine.updates == 12  # its own newest checkpoint comes first
 
 
-def test_checkpoints_by_the_clock(in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = in_process(tmp_path, "checkpoint.every=0", "checkpoint.every_minutes=0.5", "train.steps=4", "checkpoint.keep=9")
-    now = [time.monotonic()]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoints_by_the_clock(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 30 s of a clock of one tick a step: a save each third step, once, also where the answer comes a step late."""
+    shard = f"layout.dp_shard={ranks}"
+    config = tiny_config(tmp_path, shard, "checkpoint.every=0", "checkpoint.every_minutes=0.5", "checkpoint.keep=99")
 
-    def a_minute_later() -> float:
-        now[0] += 11.0  # the loop asks a few times a step
-        return now[0]
+    def rank(world: World) -> list[int]:
+        made, saves, now = build(config, world), [], [0.0]
+        real_step, real_save = made.engine.train_step, loop.save
 
-    monkeypatch.setattr(loop.time, "monotonic", a_minute_later)
+        def step(*args: Any, **settings: Any) -> Any:
+            now[0] += 10.0
+            return real_step(*args, **settings)
+
+        def save(run: Run, *, position: Any) -> None:
+            saves.append(run.engine.updates)
+            real_save(run, position=position)
+
+        made.engine.train_step = step  # type: ignore[method-assign]
+        monkeypatch.setattr(loop, "save", save)
+        monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+        assert train(made) == EXIT_OK
+        return saves
+
+    late = ranks > 1  # ranks learn of each other's clocks one step later
+    wanted = [4, 8, 12] if late else [3, 6, 9, 12]
+    assert on_ranks(rank, ranks, tmp_path / "ranks") == [wanted] * ranks
+
+
+GPT2 = ("model.type=gpt2", 'model.sizes={"n_layer": 2, "n_embd": 32, "n_head": 2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}')
+
+
+@pytest.mark.parametrize("layout", ["one", "ddp2"])
+def test_dropout_goes_on_where_it_was(layout: str, tmp_path: Path) -> None:
+    """Bitwise, though text was sampled in between: the generators come back, and the model goes back to training."""
+    ranks, axes = LAYOUTS[layout]
+    settings = (*axes, *GPT2, "train.sample_every=3")
+    whole = tiny_config(tmp_path / "whole", *settings)
+    assert set(on_ranks(lambda world: run_tiny(world, whole), ranks, tmp_path / "a")) == {EXIT_OK}
+    broken = tiny_config(tmp_path / "broken", *settings)
+    assert set(on_ranks(stop_at(5)(broken), ranks, tmp_path / "b")) == {EXIT_STOPPED}
+    assert set(on_ranks(lambda world: run_tiny(world, broken), ranks, tmp_path / "c")) == {EXIT_OK}
+    there, here = tmp_path / "whole" / "runs" / "tiny", tmp_path / "broken" / "runs" / "tiny"
+    assert losses(here) == losses(there) and len(losses(there)) == 12
+    dry = tiny_config(tmp_path / "dry", *axes, *GPT2[:1], GPT2[1].replace("0.2", "0.0"))
+    assert set(on_ranks(lambda world: run_tiny(world, dry), ranks, tmp_path / "d")) == {EXIT_OK}
+    without = losses(tmp_path / "dry" / "runs" / "tiny")
+    assert all(without[step] != losses(there)[step] for step in (1, 4, 7, 12))  # dropout was on all the way
+
+
+def test_a_run_does_not_go_on_with_other_text(in_process: Any, tmp_path: Path) -> None:
+    broken_run(tmp_path, "one", step=5)
+    (tmp_path / "text.txt").write_text(words(4000, seed=8), encoding="utf-8")
+    with pytest.raises(DataError, match=r"the text of data\.sources has changed since this run began"):
+        in_process(tmp_path)
+    newest = tmp_path / "runs" / "tiny" / "checkpoints" / "step-6"
+    made = in_process(tmp_path, "name=other", f"resume={newest}")
+    assert made.engine.updates == 6  # asked for by name, other text is another stage of training
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(in_process: Any, tmp_path: Path) -> None:
+    broken_run(tmp_path, "one", step=5)
+    newest = tmp_path / "runs" / "tiny" / "checkpoints" / "step-6"
+    with pytest.raises(DataError, match=r"was trained with another tokenizer, .*set data\.tokenizer\.kind=hf"):
+        in_process(tmp_path, "name=other", f"resume={newest}", "data.tokenizer.kind=chars")
+
+
+def test_a_start_corrected_after_it_failed_keeps_no_old_tokenizer(in_process: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GiB"):
+        in_process(tmp_path, "data.tokenizer.kind=chars", "model.sizes.hidden_size=65536", "model.sizes.num_hidden_layers=200")
+    made = in_process(tmp_path)
+    assert folder_digest(made.folder.tokenizer) == made.data.tokenizer
+
+
+def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
+    in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = in_process(tmp_path)
+    real, values = loop.evaluate, iter([math.nan, 3.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: replace(real(*a, **k), loss=next(values)))
     assert train(made) == EXIT_OK
-    assert len(list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))) > 1
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert (summary["best_val_loss"], summary["best_step"]) == (3.0, 12)
+
+
+def test_a_write_that_failed_is_told_before_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path, "layout.dp_shard=2", "train.steps=400", "train.eval_every=0", "checkpoint.every=100")
+
+    def rank(world: World) -> tuple[str, int]:
+        made = build(config, world)
+        if world.rank == 1:
+            monkeypatch.setattr("distllm.checkpoint.sharded.write_rank", fail)
+        with pytest.raises(StorageError) as caught:
+            train(made)
+        return str(caught.value), made.engine.updates
+
+    def fail(*args: Any, **settings: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (text0, step0), (text1, step1) = on_ranks(rank, 2, tmp_path / "ranks")
+    assert text0 == text1 and "step 100" in text0
+    assert 100 < step0 == step1 < 200
 
 
 def test_a_model_that_cannot_fit_is_refused_before_memory_is_taken(in_process: Any, tmp_path: Path) -> None:
