@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import (
-    EXIT_BUG,
-    EXIT_CONFIG,
-    EXIT_OK,
-    EXIT_STORAGE,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DistllmError,
-)
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, CheckpointError, ConfigError, DataError, DistllmError
+from distllm.faults import EXIT_INTERRUPTED, say, tell, tells_first
 
 if TYPE_CHECKING:
-    from distllm.comm import World
     from distllm.config.load import Loaded
     from distllm.config.schema import Config
 
-EXIT_INTERRUPTED = 130
 _EPILOG = (
     "Exit codes: 0 done · 1 a fault of distllm's own · 2 command line or config · 3 data, tokenizer or model files · "
-    "4 checkpoint · 5 diverged · 6 disk full or not writable · 75 stopped by a signal after saving (the same command "
-    "continues) · 130 interrupted. --debug, anywhere, shows the traceback of an error."
+    "4 checkpoint · 5 diverged · 6 disk full or not writable · 7 other ranks lost or not found · 8 out of memory · "
+    "75 stopped by a signal after saving (the same command continues) · 130 interrupted. "
+    "--debug, anywhere, shows the traceback of an error."
 )
-_STORAGE = {
-    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission", errno.EPERM: "not permitted", errno.EIO: "the disk reports an error",
-    errno.EFBIG: "the file is too large for this file system",
-}  # fmt: skip
 
 app = typer.Typer(
     name="distllm",
@@ -56,6 +40,7 @@ Overrides = Annotated[
 Words = Annotated[list[str] | None, typer.Argument(metavar="[key] [key=value]...", help="Keys or sections, and overrides.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A run, a checkpoint, or a Hugging Face folder or hub name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the Python code that the source names or brings with it.")]
 Processes = Annotated[int | None, typer.Option(min=1, help="Ranks to start here; else as the layout says, or one a GPU.")]
 
 
@@ -80,12 +65,12 @@ def run(argv: list[str]) -> int:
         code = error.code if isinstance(error.code, int) else EXIT_BUG
     except usage_error as error:
         path = getattr(getattr(error, "ctx", None), "command_path", "distllm")
-        _say(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help")
+        say(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help")
         return EXIT_CONFIG
     except BaseException as error:  # DCP's CheckpointException is no Exception
         return tell(error, debug=debug, silent=_later_rank() and isinstance(error, DistllmError))
     if code == EXIT_INTERRUPTED and "DISTLLM_INIT_METHOD" not in os.environ:  # of local ranks, the launcher tells it
-        _say("interrupted")
+        say("interrupted")
     return code
 
 
@@ -107,6 +92,7 @@ def _common(
 def prepare(config: ConfigFile, overrides: Overrides = None) -> int:
     """Turn text into tokens on disk (train does it too, when they are missing)."""
     loaded = _checked(config, overrides)
+    _show_log()
     from distllm.data.prepare import prepare as prepare_data
 
     prepared = prepare_data(loaded.config, progress=True)
@@ -123,6 +109,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     processes: Processes = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print the commands that would run, and run nothing.")] = False,
 ) -> int:
     """Train a model here: in one process, on all local devices, or as a rank under torchrun."""
@@ -131,7 +118,9 @@ def train(
 
     loaded = _checked(config, overrides)
     inherited = _world_size()
-    argv = ["train", str(config), *(overrides or [])] + ["--debug"] * ("--debug" in sys.argv)
+    if config.is_dir() and not trust:
+        _refuse_own_code(loaded, config)
+    argv = ["train", str(config), *(overrides or [])] + ["--trust"] * trust + ["--debug"] * ("--debug" in sys.argv)
     if inherited is None:
         count = processes or ranks_for(loaded.config, devices=_local_devices(loaded.config))
     else:
@@ -155,6 +144,7 @@ def evaluate(
     text: Annotated[list[Path] | None, typer.Option(help="A UTF-8 text file to measure on; may be given again.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     device: Device = "auto",
+    trust: Trust = False,
 ) -> int:
     """Measure a model on text, or a run on its own validation data: loss, perplexity, token accuracy."""
     _must_exist(source)
@@ -163,7 +153,8 @@ def evaluate(
             raise DataError(f"{file}: no such text file")
     from distllm.train.inference import evaluate_source
 
-    for name, value in evaluate_source(source, texts=text or [], batch=batch, device=_device(device)).items():
+    found = evaluate_source(source, texts=text or [], batch=batch, device=_device(device), trust=trust)
+    for name, value in found.items():
         shown = value if isinstance(value, str) else f"{value:,.0f}" if name.endswith("tokens") else f"{value:.4f}"
         print(f"{name:<16}{shown}")
     print(f"{'next':<16}distllm generate {source} --prompt '...'")
@@ -181,17 +172,17 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 1,
     device: Device = "auto",
+    trust: Trust = False,
 ) -> int:
     """Let a model continue a text."""
     _must_exist(source)
     prompts = [sys.stdin.read() if p == "-" else p for p in prompt or [""]]
     target = _device(device)
+    from distllm.generate import Sampling
     from distllm.train.inference import generate_source
 
-    pieces = generate_source(
-        source, prompts=prompts, max_tokens=max_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p,
-        seed=seed, device=target,
-    )  # fmt: skip
+    sampling = Sampling(max_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
+    pieces = generate_source(source, prompts=prompts, sampling=sampling, seed=seed, device=target, trust=trust)
     if len(prompts) == 1:
         for number, piece in enumerate(pieces):
             _write(prompts[0] + piece if number == 0 else piece)  # nothing is shown before the model has loaded
@@ -206,12 +197,13 @@ def generate(
 def export(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run (its newest good checkpoint), or a checkpoint.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT_FOLDER", help="The folder to write; new or empty.")],
+    trust: Trust = False,
 ) -> int:
     """Write a model folder that plain transformers loads."""
     _must_exist(source)
     from distllm.train.inference import export_source
 
-    written = export_source(source, folder)
+    written = export_source(source, folder, trust=trust)
     print(f"written  {written}")
     print(f"next     distllm generate {written} --prompt '...'")
     print(f"         AutoModelForCausalLM.from_pretrained({str(written)!r})")
@@ -266,6 +258,7 @@ def run_train(loaded: Loaded) -> int:
     Returns:
         The exit code. A rank of many does not return: it leaves the process with that code.
     """
+    _show_log()
     from distllm import comm
     from distllm.train.build import build
     from distllm.train.loop import train as train_loop
@@ -282,71 +275,9 @@ def run_train(loaded: Loaded) -> int:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BaseException as error:  # DCP's CheckpointException is no Exception
-        code = tell(error, debug="--debug" in sys.argv, silent=not _tells_first(error, world))
+        code = tell(error, debug="--debug" in sys.argv, silent=not tells_first(error, world))
     comm.stop(world, code=code)
     return code
-
-
-def tell(error: BaseException, *, debug: bool, silent: bool = False) -> int:
-    """Say on stderr what went wrong, a line for each problem, and return the exit code.
-
-    Args:
-        error: what was raised.
-        debug: print its traceback too, on every rank.
-        silent: another rank has told it.
-    """
-    lines, code = _lines(error)
-    if debug:
-        import traceback
-
-        traceback.print_exception(error)
-    if not silent:
-        for line in lines:
-            _say(line)
-    return code
-
-
-def _lines(error: BaseException) -> tuple[Iterable[str], int]:
-    if isinstance(error, ConfigError):
-        return error.problems, error.exit_code
-    if isinstance(error, DistllmError):
-        return [_one_line(str(error))], error.exit_code
-    if isinstance(error, OSError) and error.errno in _STORAGE:
-        place = f"{error.filename}: " if error.filename else ""
-        remedy = "free some space, or choose another folder with out=... or data.store=..."
-        return [f"{place}{_STORAGE[error.errno]}; {remedy}"], EXIT_STORAGE
-    if isinstance(error, KeyboardInterrupt):
-        return ["interrupted"], EXIT_INTERRUPTED
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return ["the device is out of memory; lower train.micro_batch or data.seq_len, or set activation.mode=full"], EXIT_BUG
-    told = _one_line(f"{type(error).__name__}: {error}")
-    return [f"unexpected error: {told}; --debug shows the traceback. This is a fault of distllm: please report it"], EXIT_BUG
-
-
-def _tells_first(error: BaseException, world: World) -> bool:
-    """Whether this rank is the first of all ranks with an error; the others' errors are the same, or follow from it."""
-    if world.size == 1:
-        return True
-    import time
-
-    import torch.distributed as dist
-
-    if not isinstance(error, DistllmError | OSError):
-        # Often only the echo of another rank's end. Who knows better (that rank, or the launcher) speaks meanwhile.
-        time.sleep(0.5)
-    try:
-        return int(dist.distributed_c10d._get_default_store().add("distllm/told", 1)) == 1
-    except Exception:  # the store's host has gone, and has told
-        return world.is_main
-
-
-def _say(line: str) -> None:
-    print(f"distllm: {line}", file=sys.stderr, flush=True)
-
-
-def _one_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else text.strip()
 
 
 def _write(text: str) -> None:
@@ -364,6 +295,23 @@ def _checked(config: Path, overrides: list[str] | None) -> Loaded:
     if problems:
         raise ConfigError(problems)
     return loaded
+
+
+def _refuse_own_code(loaded: Loaded, folder: Path) -> None:
+    """Refuse a run folder whose own config, not the command line, names code to run."""
+    from distllm.config.trust import refuse_own_code
+
+    given = {key for key in ("spec", "trust_remote_code") if loaded.origins[f"model.{key}"] == "command line"}
+    model = loaded.config.model.model_copy(update=dict.fromkeys(given))
+    refuse_own_code(loaded.config.model_copy(update={"model": model}), where=folder)
+
+
+def _show_log() -> None:
+    """Show what distllm says on its way, such as that a text has changed; of many ranks the first does."""
+    from distllm.track.log import show_lines
+
+    if not _later_rank():
+        show_lines()
 
 
 def _world_size() -> int | None:

@@ -7,14 +7,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from distllm.config.errors import DataError
+from distllm.data.tokenizer import id_count
 
 REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many tokens follow a prompt, and how each is chosen."""
+
+    max_tokens: int
+    """New tokens at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose probabilities add up to p."""
 
 
 def stream(
@@ -22,10 +38,7 @@ def stream(
     *,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     eos_id: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     max_len: int | None = None,
@@ -40,10 +53,7 @@ def stream(
         model: a causal language model; one with a cache of keys and values (transformers) uses it.
         input_ids: int64 [B, S], padded on the left where prompts differ in length.
         attention_mask: [B, S], 1 at tokens and 0 at padding; None: no padding.
-        max_tokens: new tokens at most.
-        temperature: divides the logits; 0 is greedy.
-        top_k: keep only the k likeliest tokens; 0 keeps all.
-        top_p: keep the fewest likeliest tokens whose probabilities add up to p.
+        sampling: how many tokens, and how each is chosen.
         eos_id: the id or ids that end a text. A row that has ended repeats its end; all ended: the iterator stops.
         vocab_size: never choose an id from here on; for embeddings with more rows than the tokenizer has ids.
         max_len: the longest input; None: what the model's config says.
@@ -53,11 +63,7 @@ def stream(
     Returns:
         An iterator over the next tokens, int64 [B] each, on the device of `input_ids`.
     """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [B, S] with at least one token")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-    if not bool((mask[:, -1] == 1).all()):
-        raise ValueError("attention_mask must be padded on the left: its last column must be 1")
+    mask = _checked_mask(input_ids, attention_mask)
     limit = max_len or getattr(getattr(model, "config", None), "max_position_embeddings", None)
     ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id or ()), dtype=torch.long)
     ends = ends.to(input_ids.device)
@@ -68,14 +74,12 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_tokens):
+        for _ in range(sampling.max_tokens):
             if cached and (limit is None or text.shape[1] <= limit):
                 logits, cache = _cached_logits(model, text, mask, cache)
             else:
                 logits = _recomputed_logits(model, text, mask, limit)
-            chosen = choose(
-                logits[:, :vocab_size], temperature=temperature, top_k=top_k, top_p=top_p, generator=source
-            ).to(input_ids.device)
+            chosen = choose(logits[:, :vocab_size], sampling, generator=source).to(input_ids.device)
             last = chosen if last is None else torch.where(ended, last, chosen)
             yield last
             ended = ended | torch.isin(last, ends)
@@ -92,10 +96,7 @@ def generate(
     *,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     eos_id: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     max_len: int | None = None,
@@ -104,20 +105,20 @@ def generate(
 ) -> torch.Tensor:
     """The prompts and their continuations, int64 [B, S + new]; arguments as in `stream`."""
     tokens = stream(
-        model,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_id=eos_id,
-        vocab_size=vocab_size,
-        max_len=max_len,
-        generator=generator,
-        use_cache=use_cache,
-    )
+        model, input_ids=input_ids, attention_mask=attention_mask, sampling=sampling, eos_id=eos_id, vocab_size=vocab_size,
+        max_len=max_len, generator=generator, use_cache=use_cache,
+    )  # fmt: skip
     return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
+
+
+def _checked_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The attention mask [B, S] of prompts that can be continued."""
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [B, S] with at least one token")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    if not bool((mask[:, -1] == 1).all()):
+        raise ValueError("attention_mask must be padded on the left: its last column must be 1")
+    return mask
 
 
 @torch.no_grad()
@@ -156,13 +157,12 @@ def _recomputed_logits(model: nn.Module, text: torch.Tensor, mask: torch.Tensor,
     return logits[torch.arange(len(rows), device=logits.device), (lengths - 1).to(logits.device)]
 
 
-def choose(
-    logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
+def choose(logits: torch.Tensor, sampling: Sampling, *, generator: torch.Generator) -> torch.Tensor:
     """Choose a token for each row of logits [B, V] on the generator's device; greedy with temperature 0. Returns int64 [B]."""
-    if temperature == 0.0:
+    if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
-    kept = keep_likely(logits.float().to(generator.device) / temperature, top_k=top_k, top_p=top_p)
+    likely = logits.float().to(generator.device) / sampling.temperature
+    kept = keep_likely(likely, top_k=sampling.top_k, top_p=sampling.top_p)
     return torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
@@ -213,35 +213,31 @@ def sample_text(
     *,
     tokenizer: Any,
     prompts: Sequence[str],
-    max_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     max_len: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device,
-    use_cache: bool = True,
+    to_the_end: bool = False,
 ) -> list[str]:
     """Continue prompts as text; what is returned does not repeat the prompt and ends before the end-of-document token.
 
-    Arguments as in `stream`; the prompts are encoded by the tokenizer.
+    Args:
+        model: as in `stream`.
+        tokenizer: of transformers; encodes the prompts.
+        prompts: texts.
+        sampling: as in `stream`.
+        max_len: as in `stream`.
+        generator: as in `stream`.
+        device: where the model takes its input.
+        to_the_end: compute all `max_tokens` even where every text has ended. For a model that ranks share: one that
+            stopped alone, because its last bit fell otherwise, would leave the others waiting in a collective.
     """
     ids, mask = encode_prompts(tokenizer, prompts, device=device)
     end = tokenizer.eos_token_id
     out = generate(
-        model,
-        input_ids=ids,
-        attention_mask=mask,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_id=end,
-        vocab_size=len(tokenizer),
-        max_len=max_len,
-        generator=generator,
-        use_cache=use_cache,
-    )
+        model, input_ids=ids, attention_mask=mask, sampling=sampling, eos_id=None if to_the_end else end,
+        vocab_size=id_count(tokenizer), max_len=max_len, generator=generator,
+    )  # fmt: skip
     rows = [row[: row.index(end)] if end in row else row for row in out[:, ids.shape[1] :].tolist()]
     return ["".join(decode_stream(tokenizer, row)) for row in rows]
 

@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from distllm.config.errors import EXIT_LOST, EXIT_OK, EXIT_STOPPED
+from distllm.config.machine import cores
+
 GRACE_S = 5.0  # a rank whose partner died hangs in a collective; its own stop request would wait there forever
 POLL_S = 0.05
 _PASSED_ON: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -61,12 +64,8 @@ def _rank_facts(rank: int, count: int, store: Path) -> dict[str, str]:
         "DISTLLM_INIT_METHOD": f"file://{store}",
     }
     if "OMP_NUM_THREADS" not in os.environ:
-        facts["OMP_NUM_THREADS"] = str(max(1, _cores() // count))
+        facts["OMP_NUM_THREADS"] = str(max(1, cores() // count))
     return facts
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Ranks:
@@ -132,7 +131,8 @@ class _Ranks:
         """A rank that ended neither well (0) nor stopped on request (75); of several, one ended by a signal."""
         codes = {rank: _code(self._ranks[rank].pid) for rank in range(self._count) if rank not in alive}
         # A rank that is killed breaks the others' connections, so their errors in the same moment only follow from it.
-        return min((rank for rank, code in codes.items() if code not in (0, 75)), key=lambda r: (codes[r] > 0, r), default=None)
+        order = {rank: (code > 0, code == EXIT_LOST, rank) for rank, code in codes.items() if code not in (EXIT_OK, EXIT_STOPPED)}
+        return min(order, key=lambda rank: order[rank], default=None)
 
     def _tell(self, rank: int, code: int) -> int:
         if code >= 0:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from distllm import cli, launch
 from distllm.config import errors
@@ -170,6 +172,11 @@ def test_a_missing_run_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "distllm: runs/quikstart: no such folder; nearest: runs/quickstart\n"
 
 
+MEMORY = "out of memory; lower train.micro_batch or data.seq_len, set activation.mode=full, or spread the model with layout.dp_shard"
+LOST = "lost the connection to another rank, which died or hangs; look at what the other ranks said; the same command continues from the last checkpoint"
+UNREACHABLE = "the ranks did not find one another at MASTER_ADDR:MASTER_PORT (MASTER_ADDR:MASTER_PORT); check these two, the network, and that all WORLD_SIZE ranks were started"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -181,6 +188,14 @@ def test_a_missing_run_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> 
         (OSError(errno.ENOSPC, "No space left on device", "runs/a/x"), 6, "runs/a/x: the disk is full; free some space, or choose another folder with out=... or data.store=..."),
         (OSError(errno.EROFS, "Read-only file system", "runs/a"), 6, "runs/a: the file system is read-only; free some space, or choose another folder with out=... or data.store=..."),
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 6, "runs: no permission; free some space, or choose another folder with out=... or data.store=..."),
+        (MemoryError(), 8, MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 8, MEMORY),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:131] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"), 8, MEMORY),
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:17521"), 7, LOST),
+        (RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation to complete"), 7, LOST),
+        (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:94, remote process exited or there was a network error"), 7, LOST),
+        (dist.DistStoreError("Timed out after 121 seconds waiting for clients. 1/2 clients joined."), 7, UNREACHABLE),
+        (dist.DistNetworkError("The client socket has timed out after 1000ms while trying to connect to (10.0.0.1, 29500)."), 7, UNREACHABLE),
         (KeyError("x"), 1, "unexpected error: KeyError: 'x'; --debug shows the traceback. This is a fault of distllm: please report it"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -192,6 +207,24 @@ def test_errors_of_a_run_have_their_codes(
     fake_training(monkeypatch, raising(error))
     assert cli.run(["train", "run.yaml"]) == code
     assert capsys.readouterr().err == f"distllm: {line}\n"
+
+
+def test_an_address_that_nobody_answers_at_is_told(here: Path) -> None:
+    address = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29511", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}
+    done = child("train", "run.yaml", "train.timeout_s=1", "layout.dp_shard=2", **address)
+    told = [line for line in done.stderr.splitlines() if line.startswith("distllm: ")]
+    assert done.returncode == 7 and "Traceback" not in done.stderr
+    assert told == ["distllm: " + UNREACHABLE.replace("MASTER_ADDR:MASTER_PORT (", "no-such-host.invalid:29511 (")]
+
+
+def test_what_the_data_says_on_its_way_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.txt").write_text("some text\n" * 50)
+    argv = ["prepare", "run.yaml", "data.sources.0.kind=text", "data.sources.0.path=t.txt", "data.tokenizer.kind=bytes", "data.workers=1"]
+    assert cli.run(argv) == 0
+    assert "tokenising: done in " in capsys.readouterr().err
+    Path("t.txt").write_text("other text\n" * 50)
+    assert cli.run(argv) == 0 and cli.run(argv) == 0
+    assert capsys.readouterr().err.count("the text of an earlier store has changed: preparing it again as data_store/") == 1
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from distllm.config.errors import DataError
 from distllm.config.schema import Config, DataConfig, ModelConfig
-from distllm.generate import choose, decode_stream, encode_prompts, generate, keep_likely, sample_text, stream
+from distllm.generate import Sampling, choose, decode_stream, encode_prompts, generate, keep_likely, sample_text, stream
 from distllm.models.build import resolve_spec
 from tests.models.families import filled, random_ids, spec_of
 
@@ -34,7 +34,7 @@ def test_greedy_equals_transformers(kind: str, use_cache: bool) -> None:
     model = model_of(kind)
     ids, mask = padded_batch()
     theirs = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    ours = generate(model, input_ids=ids, attention_mask=mask, max_tokens=12, temperature=0.0, use_cache=use_cache)
+    ours = generate(model, input_ids=ids, attention_mask=mask, sampling=Sampling(12, temperature=0.0), use_cache=use_cache)
     assert torch.equal(ours, theirs)
     assert len(set(ours[0, 9:].tolist())) > 2, "the test needs a model that does not repeat itself"
 
@@ -42,9 +42,9 @@ def test_greedy_equals_transformers(kind: str, use_cache: bool) -> None:
 def test_a_padded_row_is_as_if_alone() -> None:
     model = model_of("llama")
     ids, mask = padded_batch()
-    together = generate(model, input_ids=ids, attention_mask=mask, max_tokens=8, temperature=0.0)
+    together = generate(model, input_ids=ids, attention_mask=mask, sampling=Sampling(8, temperature=0.0))
     for row, own, real in zip(together, ids, mask.bool(), strict=True):
-        alone = generate(model, input_ids=own[real][None], max_tokens=8, temperature=0.0)
+        alone = generate(model, input_ids=own[real][None], sampling=Sampling(8, temperature=0.0))
         assert torch.equal(row[9:], alone[0, -8:])
 
 
@@ -52,7 +52,7 @@ def test_the_cache_is_used_and_equals_recomputing() -> None:
     model, widths = model_of("llama"), []
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: widths.append(args[0].shape[1]))
     sampled = [
-        generate(model, input_ids=random_ids(2, 5), max_tokens=10, top_k=20, top_p=0.9, use_cache=cache)
+        generate(model, input_ids=random_ids(2, 5), sampling=Sampling(10, top_k=20, top_p=0.9), use_cache=cache)
         for cache in (True, False)
     ]
     assert torch.equal(*sampled)
@@ -64,20 +64,20 @@ def test_an_own_module_without_cache_and_mask() -> None:
     model = filled(resolve_spec(config, vocab_size=300))
     ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
-    both = generate(model, input_ids=ids, attention_mask=mask, max_tokens=5, temperature=0.0)
-    alone = generate(model, input_ids=ids[:1, 3:], max_tokens=5, temperature=0.0)
+    both = generate(model, input_ids=ids, attention_mask=mask, sampling=Sampling(5, temperature=0.0))
+    alone = generate(model, input_ids=ids[:1, 3:], sampling=Sampling(5, temperature=0.0))
     assert torch.equal(both[0, 9:], alone[0, 6:])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_beyond_the_positions_the_text_slides(kind: str) -> None:
     model = model_of(kind, positions=16)
-    out = generate(model, input_ids=random_ids(2, 12), max_tokens=12, temperature=0.0)
+    out = generate(model, input_ids=random_ids(2, 12), sampling=Sampling(12, temperature=0.0))
     assert out.shape == (2, 24)
     for end in range(16, 24):
         with torch.no_grad():
             assert torch.equal(model(input_ids=out[:, end - 16 : end]).logits[:, -1].argmax(-1), out[:, end])
-    long = generate(model, input_ids=random_ids(1, 40), max_tokens=2, temperature=0.0)
+    long = generate(model, input_ids=random_ids(1, 40), sampling=Sampling(2, temperature=0.0))
     assert long.shape == (1, 42)
 
 
@@ -86,7 +86,7 @@ def test_seeds_and_the_global_random_state() -> None:
     state = torch.get_rng_state()
 
     def sampled(seed: int) -> torch.Tensor:
-        return generate(model, input_ids=ids, max_tokens=10, generator=torch.Generator().manual_seed(seed))
+        return generate(model, input_ids=ids, sampling=Sampling(10), generator=torch.Generator().manual_seed(seed))
 
     assert torch.equal(sampled(1), sampled(1)) and not torch.equal(sampled(1), sampled(2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -94,9 +94,9 @@ def test_seeds_and_the_global_random_state() -> None:
 
 def test_dropout_is_off_while_it_runs_and_the_mode_comes_back() -> None:
     model = model_of("gpt2").train()
-    outs = [generate(model, input_ids=random_ids(1, 4), max_tokens=6, temperature=0.0) for _ in range(2)]
+    outs = [generate(model, input_ids=random_ids(1, 4), sampling=Sampling(6, temperature=0.0)) for _ in range(2)]
     assert torch.equal(*outs) and model.training
-    tokens = stream(model, input_ids=random_ids(1, 4), max_tokens=6)
+    tokens = stream(model, input_ids=random_ids(1, 4), sampling=Sampling(6))
     next(tokens)
     tokens.close()
     assert model.training
@@ -104,23 +104,23 @@ def test_dropout_is_off_while_it_runs_and_the_mode_comes_back() -> None:
 
 def test_a_text_ends_at_its_end() -> None:
     model, ids = model_of("llama"), random_ids(3, 4)
-    free = generate(model, input_ids=ids, max_tokens=10, temperature=0.0)[:, 4:]
+    free = generate(model, input_ids=ids, sampling=Sampling(10, temperature=0.0))[:, 4:]
     end = int(free[0, 3])
-    out = generate(model, input_ids=ids, max_tokens=10, temperature=0.0, eos_id=[end, 299])[:, 4:]
+    out = generate(model, input_ids=ids, sampling=Sampling(10, temperature=0.0), eos_id=[end, 299])[:, 4:]
     for row, plain in zip(out.tolist(), free.tolist(), strict=True):
         stop = plain.index(end) if end in plain else len(plain)
         assert row[: stop + 1] == plain[: stop + 1] and set(row[stop:]) <= {end}
-    alone = generate(model, input_ids=ids[:1], max_tokens=10, temperature=0.0, eos_id=end)
+    alone = generate(model, input_ids=ids[:1], sampling=Sampling(10, temperature=0.0), eos_id=end)
     assert alone.shape[1] == 4 + free[0].tolist().index(end) + 1
 
 
 def test_wrong_input() -> None:
     model = model_of("llama")
     with pytest.raises(ValueError, match="at least one token"):
-        generate(model, input_ids=torch.zeros(1, 0, dtype=torch.long), max_tokens=1)
+        generate(model, input_ids=torch.zeros(1, 0, dtype=torch.long), sampling=Sampling(1))
     with pytest.raises(ValueError, match="padded on the left"):
         mask = torch.tensor([[1, 1, 0]])
-        generate(model, input_ids=random_ids(1, 3), attention_mask=mask, max_tokens=1)
+        generate(model, input_ids=random_ids(1, 3), attention_mask=mask, sampling=Sampling(1))
 
 
 LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.5, 0.05, 0.05, 0.4]]).log()
@@ -148,15 +148,15 @@ def test_sampling_has_the_right_frequencies() -> None:
     many = LOGITS[:1].expand(20_000, -1)
     source = torch.Generator().manual_seed(1)
     for temperature in (1.0, 0.5):
-        chosen = choose(many, temperature=temperature, top_k=0, top_p=1.0, generator=source)
+        chosen = choose(many, Sampling(1, temperature), generator=source)
         wanted = (LOGITS[0] / temperature).softmax(-1)
         shares = torch.bincount(chosen, minlength=4) / len(chosen)
         torch.testing.assert_close(shares, wanted, atol=0.015, rtol=0)
-    assert choose(LOGITS, temperature=0.0, top_k=0, top_p=1.0, generator=source).tolist() == [1, 0]
+    assert choose(LOGITS, Sampling(1, 0.0), generator=source).tolist() == [1, 0]
 
 
 def test_ids_that_the_tokenizer_has_not_are_never_chosen() -> None:
-    out = generate(model_of("llama"), input_ids=random_ids(4, 4), max_tokens=20, vocab_size=50)
+    out = generate(model_of("llama"), input_ids=random_ids(4, 4), sampling=Sampling(20), vocab_size=50)
     assert out[:, 4:].max() < 50
 
 
@@ -204,10 +204,32 @@ def test_prompts_to_text(tokenizer: transformers.PreTrainedTokenizerFast) -> Non
     ids, mask = encode_prompts(tokenizer, ["the function", ""], device=torch.device("cpu"))
     assert mask[1].tolist() == [0] * (ids.shape[1] - 1) + [1] and ids[1, -1] == tokenizer.eos_token_id
     model, device = model_of("llama"), torch.device("cpu")
-    texts = sample_text(model, tokenizer=tokenizer, prompts=["the function", ""], max_tokens=12, device=device)
+    texts = sample_text(model, tokenizer=tokenizer, prompts=["the function", ""], sampling=Sampling(12), device=device)
     assert len(texts) == 2 and all(texts) and not any("<|end|>" in text for text in texts)
-    again = sample_text(model, tokenizer=tokenizer, prompts=["the function", ""], max_tokens=12, device=device)
+    again = sample_text(model, tokenizer=tokenizer, prompts=["the function", ""], sampling=Sampling(12), device=device)
     assert Counter(again) == Counter(texts)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match="an empty prompt needs"):
         encode_prompts(tokenizer, [""], device=device)
+
+
+def test_ranks_that_share_a_model_all_go_to_the_end() -> None:
+    """A rank whose texts ended early would leave the others waiting; the text is the same."""
+    tokenizer = byte_tokenizer()
+    model, calls = model_of("llama"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    free = generate(model, input_ids=torch.tensor([[5]]), sampling=Sampling(10, temperature=0.0), vocab_size=256)[0, 1:].tolist()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(free[3])
+    arguments = {"tokenizer": tokenizer, "prompts": [tokenizer.decode([5])], "sampling": Sampling(10, temperature=0.0)}
+    texts = []
+    for to_the_end in (False, True):
+        del calls[:]
+        texts.append(sample_text(model, device=torch.device("cpu"), to_the_end=to_the_end, **arguments))
+        assert len(calls) == (10 if to_the_end else free.index(free[3]) + 1)
+    assert texts[0] == texts[1]
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distllm.checkpoint import sharded
-from distllm.checkpoint.manifest import CONFIG, MANIFEST, Manifest, NewerFormat, check_files, plain_file, read_manifest
+from distllm.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, check_files, plain_file, read_manifest
 from distllm.config.errors import CheckpointError
 
 _STEP = re.compile(r"step-(0|[1-9]\d*)(\.new)?")
@@ -72,7 +72,7 @@ def check(folder: Path) -> Found:
         with ThreadPoolExecutor(_HASHERS) as pool:
             list(pool.map(lambda name: list(check_files(folder, manifest.files, [name])), sorted(manifest.files)))
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(error, folder=folder) from error
     return Found(folder, manifest.step, manifest)
 
 
@@ -86,32 +86,61 @@ def find(path: Path, *, logger: logging.Logger) -> Found:
     Raises:
         CheckpointError: there is none, or the one asked for is torn or changed; names the file.
     """
+    return first_good(path, meant(path), check=check, logger=logger)
+
+
+def meant(path: Path) -> list[Path]:
+    """The folders that a path may mean, first choice first: itself if it is a checkpoint folder, else a run's newest first.
+
+    Raises:
+        CheckpointError: there is none; whether one is good is not looked at.
+    """
     if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
-        return check(path)
+        return [path]
     several = candidates(path / "checkpoints") or candidates(path)
+    if not several:
+        kind = "no checkpoint here" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {kind}; give a run folder or a folder checkpoints/step-N")
+    return [folder for _, folder in several]
+
+
+def first_good(
+    path: Path, folders: Sequence[Path], *, check: Callable[[Path], Found], logger: logging.Logger | None
+) -> Found:
+    """The first of the folders that `check` lets pass.
+
+    Args:
+        path: what was asked for; when it is itself the folder, nothing else will do.
+        folders: what `meant` gave.
+        check: raises CheckpointError for a bad one.
+        logger: told of each bad one that is passed over; None on ranks that say nothing.
+
+    Raises:
+        CheckpointError: none is good, or the one asked for is torn or changed; names the file.
+    """
     problem: CheckpointError | None = None
-    for _, folder in several:
+    for folder in folders:
         try:
             return check(folder)
         except NewerFormat:
             raise
         except CheckpointError as error:
-            logger.warning("passing over a bad checkpoint: %s", error)
+            if folder == path:
+                raise
+            if logger is not None:
+                logger.warning("passing over a bad checkpoint: %s", error)
             problem = problem or error
-    if problem:
-        raise CheckpointError(f"{path}: none of its {len(several)} checkpoints is good; the newest: {problem}")
-    kind = "no checkpoint here" if path.exists() else "no such folder"
-    raise CheckpointError(f"{path}: {kind}; give a run folder or a folder checkpoints/step-N")
+    raise CheckpointError(f"{path}: none of its {len(folders)} checkpoints is good; the newest: {problem}")
+
+
+def unreadable(error: OSError, *, folder: Path) -> CheckpointError:
+    """The one line for a file of a checkpoint that the operating system does not let us read."""
+    return CheckpointError(f"{error.filename or folder}: cannot be read ({error.strerror or error})")
 
 
 def read_facts(found: Found) -> dict[str, Any]:
     """What the run wrote down beside its tensors."""
     return dict(found.manifest.facts)
-
-
-def read_config(found: Found) -> str:
-    """The resolved config of the run, as YAML."""
-    return plain_file(found.folder, CONFIG).read_text(encoding="utf-8")
 
 
 def read_full(found: Found, *, names_prefix: str = "model.") -> Iterator[tuple[str, torch.Tensor]]:

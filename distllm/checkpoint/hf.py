@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distllm.config.errors import DataError, StorageError
+from distllm.data.tokenizer import id_count
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.models.weights import persistent_names
@@ -185,7 +186,7 @@ def _write_config(folder: Path, spec: ModelSpec, tokenizer_folder: Path | None, 
     with quiet():
         generation = _generation_config(spec)
         if tokenizer_folder is not None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
             _check_vocabulary(tokenizer, spec, tokenizer_folder)
             # The model's own ids win: a chat model ends its turn with another token than its tokenizer's. A padding id
             # stays out of config.json, because a model that finds one there builds an embedding with a frozen row.
@@ -209,8 +210,8 @@ def _generation_config(spec: ModelSpec) -> Any:
 
 
 def _check_vocabulary(tokenizer: Any, spec: ModelSpec, folder: Path) -> None:
-    if spec.vocab_size is not None and len(tokenizer) > spec.vocab_size:
-        raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {spec.vocab_size}")
+    if spec.vocab_size is not None and id_count(tokenizer) > spec.vocab_size:
+        raise DataError(f"{folder}: the tokenizer has {id_count(tokenizer)} ids, the model only {spec.vocab_size}")
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

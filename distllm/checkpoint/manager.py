@@ -14,6 +14,7 @@ checkpoint) goes by way of `step-S.new`, which readers prefer, so that one good 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -29,11 +30,11 @@ from distllm.checkpoint import sharded
 from distllm.checkpoint.chunk import Chunk
 from distllm.checkpoint.commit import Save, write
 from distllm.checkpoint.durable import storage_error
-from distllm.checkpoint.find import Found, candidates, find
+from distllm.checkpoint.find import Found, candidates, first_good, meant, unreadable
 from distllm.checkpoint.manifest import Manifest, NewerFormat, check_files, read_manifest, to_json
 from distllm.checkpoint.retention import hold, retire, set_aside, tidy
 from distllm.checkpoint.staging import Staging
-from distllm.comm import World, any_rank, broadcast, first_error, gather
+from distllm.comm import World, any_rank, broadcast, first_error, gather, main_first
 from distllm.config.errors import CheckpointError
 from distllm.config.schema import CheckpointConfig
 
@@ -75,24 +76,15 @@ class CheckpointManager:
         self._config, self._world, self._attempt = config, world, attempt
         self._logger, self._timeout_s = logger, timeout_s
         self._staging = Staging()
-        # Of ordinary priority: a starved thread that holds the interpreter's lock would hold up the training step too.
+        # Of ordinary priority: a lower one makes the write many times longer on busy cores, at the same cost to the
+        # training in all, and a starved thread that holds the interpreter's lock would hold up the step too.
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saving: Save | None = None
         self._saves = 0
         self._lock: int | None = None
         self._good: set[str] = set()  # names of checkpoints that were written or checked by this process
-        error: BaseException | None = None
-        if world.is_main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._lock = hold(folder)
-                tidy(folder, logger=logger)
-            except OSError as failure:
-                error = storage_error(failure, doing="opening the folder of checkpoints", path=folder)
-            except CheckpointError as failure:
-                error = failure
-        self._agree(error)
+        main_first(self._take_folder, world)  # checks of a second writing and big deletions take longer than a collective may
 
     def reserve(self, chunks: Mapping[str, Chunk]) -> None:
         """Take the memory for asynchronous saves now, so that the first is as quick as the others. Not collective."""
@@ -156,10 +148,12 @@ class CheckpointManager:
             pass
         self._settle()
 
-    def poll(self) -> None:
-        """Raise the failure of a background write if it is known already; waits for nothing."""
-        if self._pending is not None and not any_rank(not self._pending.done(), self._world):
-            self._settle()
+    def write_failed(self) -> bool:
+        """Whether this rank's background write is known to have failed. Not collective, and waits for nothing.
+
+        When any rank says so, all ranks call `wait`, which raises the reason on each.
+        """
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def newest(self) -> Found | None:
         """The newest checkpoint that verifies, or None if there is none.
@@ -169,7 +163,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: the newest is of a later format.
         """
-        for step, folder in broadcast(candidates(self.folder), self._world):
+        for step, folder in main_first(lambda: candidates(self.folder), self._world):
             manifest, problem = self._check_together(folder)
             if problem is None and manifest is not None:
                 self._good.add(folder.name)
@@ -181,18 +175,10 @@ class CheckpointManager:
         return None
 
     def find(self, path: Path) -> Found:
-        """The checkpoint at a path (see `find.find`), the same on every rank."""
-        found: Found | None = None
-        error: BaseException | None = None
-        if self._world.is_main:
-            try:
-                found = find(path, logger=self._logger)
-            except CheckpointError as failure:
-                error = failure
-        self._agree(error)
-        found = broadcast(found, self._world)
-        assert found is not None
-        return found
+        """The checkpoint at a path, the same on every rank, each of which checks a share; for the rest see `find.find`."""
+        folders = main_first(lambda: meant(path), self._world)
+        logger = self._logger if self._world.is_main else None
+        return first_good(path, folders, check=self._found_together, logger=logger)
 
     def load(
         self, found: Found, chunks: Mapping[str, Chunk], *, layout: dict[str, Any]
@@ -211,7 +197,7 @@ class CheckpointManager:
             CheckpointError: the checkpoint is of another model or optimizer, or a file is not what it should be.
         """
         manifest = found.manifest
-        expected = set().union(*gather(set(chunks), self._world))
+        expected = self._names_together(set(chunks))
         error: BaseException | None = None
         rng: dict[str, torch.Tensor] | None = None
         try:
@@ -222,6 +208,15 @@ class CheckpointManager:
             error = failure
         self._agree(error)
         return dict(manifest.facts), rng
+
+    def _take_folder(self) -> None:
+        """Lock the folder and remove what a dead attempt left in it; on rank 0."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.folder)
+            tidy(self.folder, logger=self._logger)
+        except OSError as error:
+            raise storage_error(error, doing="opening the folder of checkpoints", path=self.folder) from error
 
     def _agree(self, error: BaseException | None) -> None:
         """Raise the first rank's error on every rank."""
@@ -236,8 +231,8 @@ class CheckpointManager:
         error = first_error(pending.exception(), self._world)
         if error is None:
             return
-        if self._world.is_main:  # again: a slow rank may have written into it after rank 0 gave up
-            shutil.rmtree(save.temporary, ignore_errors=True)
+        # Again: a slow rank may have written into it after rank 0 gave up.
+        main_first(lambda: shutil.rmtree(save.temporary, ignore_errors=True), self._world)
         raise error
 
     def _check_together(self, folder: Path) -> tuple[Manifest | None, BaseException | None]:
@@ -265,6 +260,23 @@ class CheckpointManager:
                 problem = error
             unfinished = any_rank(rest, self._world)
         return manifest, first_error(problem, self._world)
+
+    def _found_together(self, folder: Path) -> Found:
+        """`_check_together` in the shape of `find.check`."""
+        manifest, problem = self._check_together(folder)
+        if isinstance(problem, OSError):
+            raise unreadable(problem, folder=folder) from problem
+        if problem is not None:
+            raise problem
+        assert manifest is not None
+        return Found(folder, manifest.step, manifest)
+
+    def _names_together(self, names: set[str]) -> set[str]:
+        """The names that all ranks hold together; sent only when they differ, as thousands of ranks' would fill gigabytes."""
+        digest = hashlib.sha256(to_json(sorted(names))).digest()
+        if not any_rank(digest != broadcast(digest, self._world), self._world):
+            return names
+        return names.union(*gather(names, self._world))
 
     def _write(self, save: Save, chunks: Mapping[str, Chunk], rng: Mapping[str, torch.Tensor]) -> None:
         """What the background thread does; it enters no collective."""

@@ -172,7 +172,8 @@ def _multiple(value: int, of: int) -> int:
 # --- the table: each rule is a function of the whole config that yields a line for each problem -------------------------
 
 
-def _model(config: Config) -> Iterator[str]:
+def model_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the `model` section."""
     model = config.model
     given = [name for name in ("type", "path", "spec") if getattr(model, name) is not None]
     if not given:
@@ -194,6 +195,8 @@ def _model(config: Config) -> Iterator[str]:
         yield "model.attention=flash_attention_2: needs a GPU, and device is cpu; nearest: sdpa"
     elif model.attention == "flash_attention_2" and config.precision.compute == "fp32":
         yield "model.attention=flash_attention_2: computes in bf16 or fp16 only; nearest: sdpa, or precision.compute=bf16"
+    elif model.attention == "flash_attention_2" and not config.data.cross_documents:
+        yield "model.attention=flash_attention_2: takes no mask, which data.cross_documents=false needs; nearest: sdpa"
 
 
 def _is_import_path(text: str) -> bool:
@@ -317,5 +320,5 @@ def _places(config: Config) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _model, _model_fits_data, _sources, _tokenizer, _validation, _optimizer, _schedule, _checkpoints, _device, _places,
+    model_problems, _model_fits_data, _sources, _tokenizer, _validation, _optimizer, _schedule, _checkpoints, _device, _places,
 )  # fmt: skip

@@ -12,6 +12,8 @@ EXIT_DATA = 3  # an input (text, tokens, tokenizer, model folder) that cannot be
 EXIT_CHECKPOINT = 4  # no usable checkpoint, or one that does not fit the run
 EXIT_DIVERGED = 5  # too many steps in a row with a loss or gradient that is not finite
 EXIT_STORAGE = 6  # disk full, folder read-only, file cannot be written
+EXIT_LOST = 7  # another rank died or hangs, or the ranks do not find one another
+EXIT_MEMORY = 8  # the device or the machine is out of memory
 EXIT_STOPPED = 75  # stopped by a signal after saving: the same command continues (EX_TEMPFAIL)
 
 

@@ -12,15 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from distllm.config.schema import Config, Section
-
-# Keys and values that are secrets by their look. A whole-value match for 40 hex digits (a W&B key), since hub caches have
-# such names inside paths.
-_SECRET_KEY = re.compile(r"(api|access|secret|private|auth)[_-]?(key|token)|passw(or)?d|secret|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"^[0-9a-f]{40}$|^local-[0-9a-f]{40}$|wandb_v1_\w{20,}|\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{20,}"
-    r"|\bgh[pousr]_\w{30,}|github_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b"
-    r"|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.",
-)
+from distllm.config.secret import VALUE, names_secret
 
 
 @dataclass(frozen=True)
@@ -192,10 +184,10 @@ def _plain(number: float) -> str:
 
 def looks_secret(key: str, value: Any) -> bool:
     """Whether a key, or a text below it, looks like a password or an API key."""
-    if isinstance(value, str) and _SECRET_VALUE.search(value):
+    if isinstance(value, str) and VALUE.search(value):
         return True
     # By name only where the schema has no such key: `tokenizer` and `sample_tokens` are no secrets.
-    return bool(_SECRET_KEY.search(key.rsplit(".", 1)[-1])) and value not in (None, "", {}, [])
+    return names_secret(key.rsplit(".", 1)[-1]) and value not in (None, "", {}, [])
 
 
 def shown(value: Any) -> str:

@@ -105,8 +105,8 @@ class DataConfig(Section):
     """The folder for tokenised sources, shared between runs; each source gets a sub-folder named by its digest."""
     workers: NonNegative = 0
     """Processes that tokenise; 0 is one a core. The result does not depend on it."""
-    prefetch: Positive = 4
-    """Steps of data prepared ahead of the training step."""
+    prefetch: Positive = 16
+    """Steps of data prepared ahead of the training step, fewer where they take more than 256 MiB."""
 
 
 class LayoutConfig(Section):

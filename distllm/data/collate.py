@@ -33,7 +33,16 @@ def collate(
         inputs |= {"position_ids": torch.from_numpy(positions), "attention_mask": torch.from_numpy(mask)}
     if labelled is not None:
         labels[np.arange(labels.shape[1]) >= labelled[:, None]] = IGNORE
-    return Batch(inputs, {"labels": torch.from_numpy(labels)}, tuple(int(i) for i in sample_ids))
+    return Batch(inputs, {"labels": torch.from_numpy(labels)}, tuple(sample_ids))
+
+
+def part_of(batch: Batch, first: int, last: int) -> Batch:
+    """The rows [first, last) of a batch, views of it."""
+    return Batch(
+        {name: tensor[first:last] for name, tensor in batch.inputs.items()},
+        {name: tensor[first:last] for name, tensor in batch.targets.items()},
+        batch.sample_ids[first:last],
+    )
 
 
 def inside_documents(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

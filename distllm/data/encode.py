@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from distllm.config.errors import DataError
-from distllm.data.tokenizer import byte_letters
+from distllm.data.tokenizer import byte_letters, id_count
 
 # GPT-2's pattern as first published: in tiktoken 0.14 it runs 1.3 times as fast as tiktoken's own possessive spelling.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -76,7 +76,7 @@ def load_encoder(folder: Path, *, fast: bool = True) -> Encoder:
     def plain(text: str) -> np.ndarray:
         return np.array(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
 
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    size = id_count(tokenizer)
     if not fast:
         return Encoder("tokenizers", plain, eos_id, size)
     table = _table(facts, eos_id)

@@ -6,16 +6,18 @@ The i-th sample is a pure function of (seed, i); a rank takes its slice of them,
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from itertools import accumulate, chain, count, pairwise
 
 import numpy as np
 
 from distllm.config.errors import DataError
 from distllm.config.schema import Config
 from distllm.data.batch import Batch
-from distllm.data.collate import collate, pinned
+from distllm.data.collate import collate, part_of, pinned
 from distllm.data.order import Order, key_of, proportions
 from distllm.data.prepare import Prepared
 from distllm.data.store import TokenStore
@@ -23,6 +25,7 @@ from distllm.data.stream import Stream, split_by_document, split_by_position, wh
 
 COUNTED = 1 << 27  # tokens from which unigram frequencies are taken: all of a smaller text, 1 s
 COUNTED_AT_ONCE = 1 << 20
+AHEAD_BYTES = 256 << 20  # of batches that wait for their step
 
 
 class Samples:
@@ -62,21 +65,23 @@ class Samples:
         """Validation windows."""
         return int(self._window_ends[-1])
 
+    def batch_bytes(self, size: int) -> int:
+        """About how much memory a batch of `size` samples takes, in bytes."""
+        inside = 0 if self.cross_documents else self.seq_len + 8  # the mask [S, S] and the positions
+        return size * self.seq_len * (16 + inside)
+
     def train_batch(self, ids: Sequence[int]) -> Batch:
         """The training samples with these global numbers."""
         return self.train_batches([ids])[0]
 
     def train_batches(self, ids: Sequence[Sequence[int]]) -> list[Batch]:
-        """`train_batch` for several batches at once, which costs a fifth of one after another when batches are small."""
-        every = np.array([i for batch in ids for i in batch], dtype=np.int64)
-        source, sample = self.order.locate(every)
+        """`train_batch` for several batches at once, which costs a tenth of one after another when batches are small."""
+        every = list(chain.from_iterable(ids))
+        source, sample = self.order.locate(np.array(every, dtype=np.int64))
         rows, begins = self._rows(self.train, source, sample)
-        batches, at = [], 0
-        for batch in ids:
-            part = slice(at, at + len(batch))
-            batches.append(collate(rows[part], sample_ids=batch, begins=None if begins is None else begins[part]))
-            at += len(batch)
-        return batches
+        whole = collate(rows, sample_ids=every, begins=begins)
+        cuts = list(accumulate((len(batch) for batch in ids), initial=0))
+        return [part_of(whole, first, last) for first, last in pairwise(cuts)]
 
     def validation_batch(self, ids: Sequence[int]) -> Batch:
         """The validation windows with these numbers; -1 is a row of padding."""
@@ -91,6 +96,8 @@ class Samples:
 
     def _rows(self, streams: Sequence[Stream], source: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         length = self.seq_len + 1
+        if len(streams) == 1 and self.cross_documents:
+            return streams[0].rows(sample * self.seq_len, length), None
         rows = np.empty((len(sample), length), dtype=np.int64)
         begins = None if self.cross_documents else np.empty(rows.shape, dtype=bool)
         for k, stream in enumerate(streams):
@@ -183,44 +190,38 @@ def step_batches(
         accumulation: micro-batches of a step.
         dp_rank: this rank among the `dp_size` data-parallel ones. Micro-batch a holds the samples
             start + (a * dp_size + dp_rank) * micro_batch + [0, micro_batch).
-        prefetch: steps made ahead.
+        prefetch: steps made ahead, fewer where they are larger than AHEAD_BYTES together.
         pin: put the batches into page-locked memory.
 
     Raises:
         Whatever the thread met, when its step is asked for. Closing the iterator ends the thread.
     """
-    # Two queues in C, of steps and of free places, because a bounded queue.Queue takes a lock that both sides want.
-    ready: queue.SimpleQueue[list[Batch] | BaseException] = queue.SimpleQueue()
-    room: queue.SimpleQueue[None] = queue.SimpleQueue()
-    for _ in range(prefetch):
-        room.put(None)
-    stop = threading.Event()
-    at_once = max(1, prefetch // 2)
+    ahead = max(1, min(prefetch, AHEAD_BYTES // samples.batch_bytes(micro_batch * accumulation)))
+    at_once = max(1, ahead // 2)
+    chunks = _chunks(
+        samples, start=start, micro_batch=micro_batch, accumulation=accumulation, dp_rank=dp_rank, dp_size=dp_size,
+        at_once=at_once, pin=pin,
+    )  # fmt: skip
+    # Two queues in C, of chunks and of free places, because a bounded queue.Queue takes a lock that both sides want. Whole
+    # chunks of steps: the training thread loses the interpreter to this one once a chunk and not once a step.
+    ready: queue.SimpleQueue[list[list[Batch]] | BaseException] = queue.SimpleQueue()
+    room: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    for _ in range(ahead // at_once):
+        room.put(True)
 
     def work() -> None:
-        first = start
         try:
-            while not stop.is_set():
-                ids = [
-                    range(at, at + micro_batch)
-                    for step in range(at_once)
-                    for a in range(accumulation)
-                    for at in (first + ((step * accumulation + a) * dp_size + dp_rank) * micro_batch,)
-                ]
-                batches = samples.train_batches(ids)
-                for step in range(at_once):
-                    room.get()
-                    if stop.is_set():
-                        return
-                    mine = batches[step * accumulation : (step + 1) * accumulation]
-                    ready.put([pinned(b) for b in mine] if pin else mine)
-                first += at_once * accumulation * dp_size * micro_batch
+            while room.get():
+                ready.put(next(chunks))
         except BaseException as error:
             ready.put(error)
 
     def end() -> None:
-        stop.set()
-        room.put(None)  # a thread that waits for room goes on and sees the end
+        stop = room  # a thread that waits for room sees the end; one that is at work sees it next
+        with contextlib.suppress(queue.Empty):
+            while True:
+                stop.get_nowait()
+        stop.put(False)
         thread.join(timeout=10.0)  # a file system that hangs does not hold the process
 
     thread = threading.Thread(target=work, name="distllm-data", daemon=True)
@@ -229,14 +230,25 @@ def step_batches(
     atexit.register(end)
     try:
         while True:
-            item = ready.get()
-            room.put(None)
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            chunk = ready.get()
+            if isinstance(chunk, BaseException):
+                raise chunk
+            room.put(True)
+            yield from chunk
     finally:
         end()
         atexit.unregister(end)
+
+
+def _chunks(
+    samples: Samples, *, start: int, micro_batch: int, accumulation: int, dp_rank: int, dp_size: int, at_once: int, pin: bool
+) -> Iterator[list[list[Batch]]]:
+    """The micro-batches of `at_once` steps after another, without end; arguments as in `step_batches`."""
+    for first in count(start, at_once * accumulation * dp_size * micro_batch):
+        begins = [first + (n * dp_size + dp_rank) * micro_batch for n in range(at_once * accumulation)]
+        batches = samples.train_batches([range(at, at + micro_batch) for at in begins])
+        batches = [pinned(batch) for batch in batches] if pin else batches
+        yield [batches[n : n + accumulation] for n in range(0, len(batches), accumulation)]
 
 
 def validation_batches(samples: Samples, *, micro_batch: int, dp_rank: int, dp_size: int, limit: int) -> Iterator[Batch]:

@@ -1,19 +1,22 @@
 """Which sample is the i-th: pure functions of (seed, i), the same for every layout, worker count and restart.
 
-A permutation of [0, n) is a Feistel network on the next even number of bits, walked until it lands below n (Black and
-Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002): O(1) in time and memory for any n, so position 10^9 of
-epoch 7 costs what position 0 costs.
+A permutation of [0, n) is a generalised Feistel network on the smallest rectangle of whole rows that holds n, walked until it
+lands below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002): O(1) in time and memory for any n,
+so position 10^9 of epoch 7 costs what position 0 costs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
 ROUNDS = 6
+WORD = 2**64 - 1
 SMALLEST_BLOCK = 1024  # samples after which the proportions of a mixture are exact
 
 
@@ -27,10 +30,23 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def key_of(*parts: int) -> int:
     """One 64-bit key for a tuple of integers such as (seed, source, epoch)."""
-    key = np.zeros(1, dtype=np.uint64)
+    key = 0
     for part in parts:
-        key = mix(key ^ np.uint64(part % 2**64))
-    return int(key[0])
+        key = _mix_one(key ^ (part & WORD))
+    return key
+
+
+def _mix_one(value: int) -> int:
+    """`mix` of one number, which in Python's own integers takes a tenth of numpy's time."""
+    z = (value + 0x9E3779B97F4A7C15) & WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
+    return z ^ (z >> 31)
+
+
+@lru_cache(maxsize=256)
+def _round_keys(key: int) -> tuple[np.uint64, ...]:
+    return tuple(np.uint64(key_of(key, round_)) for round_ in range(ROUNDS))
 
 
 def permute(index: np.ndarray, *, size: int, key: int) -> np.ndarray:
@@ -44,18 +60,21 @@ def permute(index: np.ndarray, *, size: int, key: int) -> np.ndarray:
     Returns:
         int64 [n]: where each index goes.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [np.uint64(key_of(key, round_)) for round_ in range(ROUNDS)]
+    # The smallest rectangle of whole rows: less than one index in sqrt(size) lands outside and is sent on.
+    rows = math.isqrt(size - 1) + 1
+    height, width = np.uint64(-(-size // rows)), np.uint64(rows)
+    sides = (height, width)
     out = index.astype(np.uint64)
-    todo = np.arange(len(out))
-    while len(todo):
-        left, right = out[todo] >> half, out[todo] & mask
-        for round_key in keys:
-            left, right = right, left ^ (mix(right ^ round_key) & mask)
-        out[todo] = (left << half) | right
-        todo = todo[out[todo] >= np.uint64(size)]
-    return out.astype(np.int64)
+    todo: np.ndarray | slice = slice(None)
+    while True:
+        halves = list(np.divmod(out[todo], width))
+        for i, round_key in enumerate(_round_keys(key)):
+            changed = i % 2
+            halves[changed] = (halves[changed] + mix(halves[1 - changed] ^ round_key) % sides[changed]) % sides[changed]
+        out[todo] = halves[0] * width + halves[1]
+        todo = np.flatnonzero(out >= np.uint64(size))
+        if not len(todo):
+            return out.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -83,12 +102,12 @@ class Order:
         source, ordinal = self._source(index)
         sample = np.empty_like(ordinal)
         for k, size in enumerate(self.sizes):
-            mine = np.flatnonzero(source == k)
+            mine = np.flatnonzero(source == k) if len(self.sizes) > 1 else slice(None)
             epoch, within = np.divmod(ordinal[mine], size)
             if self.shuffle:
-                for e in np.unique(epoch):
+                for e in sorted(set(epoch.tolist())):
                     at = epoch == e
-                    within[at] = permute(within[at], size=size, key=key_of(self.seed, k, int(e)))
+                    within[at] = permute(within[at], size=size, key=key_of(self.seed, k, e))
             sample[mine] = within
         return source, sample
 

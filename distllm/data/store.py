@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +137,6 @@ class TokenStore:
         sequences = bisect_left(self.pointers, low * item), bisect_left(self.pointers, high * item)
         documents = bisect_left(self.document_indices, sequences[0]), bisect_left(self.document_indices, sequences[1])
         return self.offsets_of(documents[0], documents[1])
-
-    def document_at(self, position: int) -> int:
-        """The number of the document that holds the token at `position`."""
-        sequence = bisect_right(self.pointers, position * self.dtype.itemsize) - 1
-        return bisect_right(self.document_indices, sequence) - 1
 
     def read(self, start: int, length: int) -> np.ndarray:
         """The ids [start, start + length), a view of the file in its `dtype`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -54,11 +55,27 @@ class Stream:
         Returns:
             int64 [B, length]; what is beyond the end of the stream is 0.
         """
+        # Rows inside one stretch, nearly all, are gathered at once: a look per row costs more than its tokens.
+        stretch = np.minimum(np.searchsorted(self.ends, positions, side="right"), len(self.ends) - 1)
+        after = self.ends[stretch] - positions
+        inside = after >= length
+        tokens = np.asarray(self.store.tokens)
+        shape = (max(0, len(tokens) - length + 1), length)
+        windows = np.lib.stride_tricks.as_strided(tokens, shape, tokens.strides * 2, writeable=False)
+        ends_at = self._store_ends[stretch]
+        if inside.all():
+            return windows[ends_at - after].astype(np.int64)
         out = np.zeros((len(positions), length), dtype=np.int64)
-        for row, position in zip(out, positions.tolist(), strict=True):
-            for at, start, n in self.stretches(position, length):
-                row[at : at + n] = self.store.tokens[start : start + n]
+        out[inside] = windows[(ends_at - after)[inside]]
+        for i in np.flatnonzero(~inside).tolist():
+            for at, start, n in self.stretches(int(positions[i]), length):
+                out[i, at : at + n] = tokens[start : start + n]
         return out
+
+    @cached_property
+    def _store_ends(self) -> np.ndarray:
+        """Where each stretch ends in the store, int64 [R]."""
+        return self.starts + np.diff(self.ends, prepend=0)
 
     def begins(self, positions: np.ndarray, length: int) -> np.ndarray:
         """Where documents begin in the rows from each position on: bool [B, length]."""

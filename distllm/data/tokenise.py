@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distllm.config.errors import DataError
+from distllm.config.machine import cores
 from distllm.data.documents import documents
 from distllm.data.encode import cached_encoder
 from distllm.data.source import Shard
@@ -89,7 +90,7 @@ def tokenise_all(tasks: Sequence[Task], *, workers: int) -> Iterator[Task]:
     """
     todo = [t for t in tasks if not t.done]
     size = sum(t.shard.n_bytes for t in todo)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    workers = min(workers or cores(), len(todo))
     if workers <= 1 or 0 < size < ONE_PROCESS_BYTES:
         for task in todo:
             tokenise(task)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -147,6 +147,15 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], folder: Path) 
         raise DataError(f"data.tokenizer.path={config.path}: cannot be saved as tokenizer.json; use a fast tokenizer")
     with contextlib.suppress(FileExistsError):
         staging.rename(folder)
+
+
+def id_count(tokenizer: Any) -> int:
+    """The number of rows that an embedding needs for a tokenizer: its largest id and one, as its ids may have gaps.
+
+    Args:
+        tokenizer: of `tokenizers` or of transformers; their `len` counts the tokens, gaps left out.
+    """
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def folder_digest(folder: Path) -> str:

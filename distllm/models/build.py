@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distllm.config.check import model_problems
 from distllm.config.errors import ConfigError, DistllmError
 from distllm.config.schema import Config, ModelConfig
 from distllm.models.spec import ModelSpec
@@ -33,13 +34,8 @@ def resolve_spec(config: Config, *, vocab_size: int) -> ModelSpec:
         DataError: a model folder that cannot be used.
     """
     model, seq_len = config.model, config.data.seq_len
-    given = [name for name in ("type", "path", "spec") if getattr(model, name) is not None]
-    if len(given) != 1:
-        raise ConfigError([f"model: needs exactly one of type, path and spec; it has {' and '.join(given) or 'none'}"])
-    if model.spec is not None and model.sizes:
-        raise ConfigError(["model.sizes: is for model.type and model.path; give a spec its values in model.spec_args"])
-    if model.spec is None and model.spec_args:
-        raise ConfigError(["model.spec_args: is for model.spec; give a transformers model its values in model.sizes"])
+    if problems := list(model_problems(config)):  # a config that was saved, or made in Python, has passed no check
+        raise ConfigError(problems)
     if model.spec is None:
         from distllm.models.hf import hf_spec  # transformers takes seconds to import
 
@@ -56,15 +52,19 @@ def _own_spec(model: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelSpec
     """Call the user's spec function; `vocab_size` and `seq_len` are given where it takes them and spec_args has none."""
     path = str(model.spec)
     module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ConfigError([f"model.spec={path}: write it as package.module:function"])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError([f"model.spec={path}: no module {error.name}; is it installed or on PYTHONPATH?"]) from error
+    except Exception as error:
+        text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ConfigError([f"model.spec={path}: {module_name} cannot be imported: {text}; --debug shows where"]) from error
     function = getattr(module, name, None)
-    if not callable(function):
+    if function is None:
         raise ConfigError([f"model.spec={path}: {module_name} has no function {name}"])
+    if not _promises_spec(function):
+        rule = f"must be a function that is declared to return a ModelSpec: def {name}(...) -> ModelSpec"
+        raise ConfigError([f"model.spec={path}: {rule}"])
     takes = inspect.signature(function).parameters
     given: dict[str, Any] = {"vocab_size": vocab_size, "seq_len": seq_len}
     arguments = {k: v for k, v in given.items() if k in takes} | dict(model.spec_args)
@@ -76,6 +76,14 @@ def _own_spec(model: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelSpec
     if not isinstance(spec, ModelSpec):
         raise ConfigError([f"model.spec={path}: returned a {type(spec).__name__}, not a ModelSpec"])
     return spec
+
+
+def _promises_spec(function: object) -> bool:
+    """Whether this is a plain function annotated to return a ModelSpec, so that a config cannot call just anything."""
+    if not inspect.isfunction(function):
+        return False
+    promised = function.__annotations__.get("return")
+    return promised is ModelSpec or (isinstance(promised, str) and promised.strip("'\"").rpartition(".")[2] == "ModelSpec")
 
 
 def meta_model(spec: ModelSpec) -> nn.Module:
@@ -107,12 +115,15 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def initial_tensors(spec: ModelSpec, *, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+def initial_tensors(
+    spec: ModelSpec, *, seed: int, names: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer by full name, whole, on the CPU; one block is in memory at a time.
 
     Args:
         spec: the model; with `weights`, parameters and persistent buffers are read from there.
         seed: decides the random numbers, together with each parameter's full name.
+        names: only these, at the cost of the blocks that hold them; None: all.
 
     Returns:
         Pairs (name, tensor): parameters in fp32, buffers in their own dtype. Tied parameters come once, under the first name.
@@ -124,9 +135,10 @@ def initial_tensors(spec: ModelSpec, *, seed: int) -> Iterator[tuple[str, torch.
     if spec.weights is not None:
         from distllm.models.weights import read_tensors
 
-        yield from read_tensors(spec, model)
+        yield from ((name, t) for name, t in read_tensors(spec, model) if names is None or name in names)
         return
     wanted = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    wanted &= wanted if names is None else set(names)
     paths = {id(module): name for name, module in model.named_modules()}
     blocks = [block for path in spec.blocks for block in model.get_submodule(path).children()]
     inside = {id(module) for block in blocks for module in block.modules()}
@@ -134,6 +146,8 @@ def initial_tensors(spec: ModelSpec, *, seed: int) -> Iterator[tuple[str, torch.
     for unit in [*blocks, model]:
         rest = [m for m in _post_order(unit) if id(m) not in done and (unit is not model or id(m) not in inside)]
         done.update(map(id, rest))
+        if not any(_join(paths[id(m)], key) in wanted for m in rest for key in (*m._parameters, *m._buffers)):
+            continue
         for name, tensor in _initialised(rest, paths, spec, seed):
             if name in wanted:
                 yield name, tensor

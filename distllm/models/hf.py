@@ -66,7 +66,7 @@ def hf_spec(model: ModelConfig, *, vocab_size: int, seq_len: int, packed: bool) 
     weights = None
     with quiet():
         if model.path is not None:
-            weights = weights_folder(model.path)
+            weights = weights_folder(model.path, trust=model.trust_remote_code)
             config = _config_from_folder(weights, model, vocab_size=vocab_size)
         else:
             config = _config_from_type(model, vocab_size=vocab_size, seq_len=seq_len)
@@ -305,8 +305,12 @@ def _first_line(error: BaseException) -> str:
 # The folder
 
 
-def weights_folder(path: str) -> Path:
+def weights_folder(path: str, *, trust: bool = False) -> Path:
     """The local folder of a model with safetensors; a hub name is downloaded first (weights in safetensors only).
+
+    Args:
+        path: a local folder or a hub name.
+        trust: fetch the Python code that comes with a hub model too.
 
     Raises:
         DataError: no such folder, no config.json, or no safetensors.
@@ -317,7 +321,7 @@ def weights_folder(path: str) -> Path:
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise DataError(f"model.path={path}: no such folder")
-        folder = _download(path)
+        folder = _download(path, trust=trust)
     if not (folder / "config.json").is_file():
         raise DataError(f"model.path={path}: has no config.json; is it a transformers model folder?")
     if not any(folder.glob("*.safetensors")):
@@ -328,10 +332,10 @@ def weights_folder(path: str) -> Path:
     return folder
 
 
-def _download(name: str) -> Path:
+def _download(name: str, *, trust: bool) -> Path:
     import huggingface_hub
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", *(["*.py"] if trust else [])]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ def load_for_inference(
     Raises:
         DataError: a folder that cannot be used.
     """
-    path = weights_folder(str(folder))
+    path = weights_folder(str(folder), trust=trust_remote_code)
     size = sum(file.stat().st_size for file in set(tensor_files(path).values()))
-    spread = max_memory is not None or size > 0.9 * _free_bytes(torch.device(device))
+    spread = max_memory is not None or size > 0.9 * free_bytes(torch.device(device))
     arguments: dict[str, Any] = {
         "dtype": "auto" if dtype is None else dtype,
         "use_safetensors": True,
@@ -57,14 +58,16 @@ def load_for_inference(
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise DataError(f"{folder}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {model.config.vocab_size}")
     return (model if spread else model.to(device)).eval(), tokenizer
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """The memory of a device that a program can still have, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # Linux; free pages alone leave out the file cache
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -69,6 +69,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{index}: is not an index of safetensors") from error
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise DataError(f"{index}: names {name!r}, which is outside of the model folder")
         paths = [folder / name for name in names]
     elif (folder / "model.safetensors").is_file():
         paths = [folder / "model.safetensors"]

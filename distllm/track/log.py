@@ -34,6 +34,16 @@ def open_log(folder: Path, *, rank: int, terminal: bool) -> logging.Logger:
     return log
 
 
+def show_lines() -> None:
+    """Show on the standard error stream what the loggers `distllm` and below say, from INFO on."""
+    tree = logging.getLogger("distllm")
+    if not any(isinstance(handler, _Terminal) for handler in tree.handlers):
+        screen = _Terminal()
+        screen.setFormatter(_Lines("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        tree.addHandler(screen)
+        tree.setLevel(logging.INFO)
+
+
 def close_log(log: logging.Logger) -> None:
     """Close the log's file."""
     for handler in list(log.handlers):

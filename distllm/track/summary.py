@@ -29,8 +29,6 @@ class Summary:
     metrics: Path
     resume_command: str
     """What continues the run, or trains on."""
-    train_loss: float | None = None
-    """Nats a token, of the last logged step."""
     val_loss: float | None = None
     val_perplexity: float | None = None
     val_accuracy: float | None = None
@@ -49,6 +47,8 @@ class Summary:
     prompt: str = ""
     sample: str | None = None
     """Text that the model wrote after `prompt`."""
+    own_code: bool = False
+    """Whether the run's config runs code of its own, so that commands on its folder need `--trust`."""
 
 
 def render_summary(summary: Summary, *, terminal: bool, width: int = 100) -> str:
@@ -109,8 +109,6 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
         ("trained on", f"{summary.tokens:,} tokens"),
         ("time", f"{duration(summary.seconds)}{speed}"),
     ]
-    if summary.train_loss is not None:
-        rows.append(("train loss", f"{summary.train_loss:.4f}"))
     if summary.val_loss is not None:
         perplexity = f", perplexity {summary.val_perplexity:,.2f}" if summary.val_perplexity is not None else ""
         accuracy = f", accuracy {summary.val_accuracy:.1%}" if summary.val_accuracy is not None else ""
@@ -132,10 +130,12 @@ def _places(summary: Summary) -> list[tuple[str, str]]:
 
 def _next(summary: Summary) -> list[tuple[str, str]]:
     run = shlex.quote(str(summary.run_folder))
+    trust = " --trust" if summary.own_code else ""
     exported = shlex.quote(str(summary.run_folder / "export"))
     rows = [("curves", f"distllm report {run}")]
     if summary.checkpoint is not None:
-        rows = [("write text", f"distllm generate {run}"), *rows, ("to transformers", f"distllm export {run} {exported}")]
+        export = f"distllm export {run} {exported}{trust}"
+        rows = [("write text", f"distllm generate {run}{trust}"), *rows, ("to transformers", export)]
     return [*rows, ("continue" if summary.stopped else "train on", summary.resume_command)]
 
 

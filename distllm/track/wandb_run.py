@@ -23,22 +23,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from distllm.config.schema import TrackConfig
+from distllm.config.secret import VALUE, may_name_secret
 
 REACH_S = 5.0
 """Seconds in which the server must answer; else the run is offline."""
 
 STRUCK = "***"
 
-_SECRET_WORDS = {
-    "key", "apikey", "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "credential",
-    "credentials", "bearer", "auth",
-}  # fmt: skip
-_SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "special", "image", "audio", "video", "decoder"}
-_SECRET_VALUES = re.compile(
-    r"(?<=://)[^/\s@]+(?=@)"  # the user:password of a URL
-    r"|\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bwandb_v\d_[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b"
-)
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+"""The user:password of a URL."""
 
 
 class WandbRun:
@@ -136,13 +129,11 @@ def scrub(value: Any, *, name: str = "") -> Any:
         return [scrub(item, name=name) for item in value]
     if not isinstance(value, str):
         return value
-    return STRUCK if value and _speaks_of_secret(name) else _SECRET_VALUES.sub(STRUCK, value)
+    return STRUCK if value and may_name_secret(name) else _struck(value)
 
 
-def _speaks_of_secret(name: str) -> bool:
-    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
-    parts = [word for word in re.split(r"[^a-z0-9]+", words) if word]
-    return bool(_SECRET_WORDS.intersection(parts)) and not _SPECIAL_TOKENS.intersection(parts)
+def _struck(text: str) -> str:
+    return _URL_LOGIN.sub(STRUCK, VALUE.sub(STRUCK, text))
 
 
 def _start(folder: Path, *, config: TrackConfig, resolved: Mapping[str, Any], run_id: str, mode: str) -> Any:
@@ -264,4 +255,4 @@ def _jsonable(value: Any) -> Any:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return _SECRET_VALUES.sub(STRUCK, text)[:300]
+    return _struck(text)[:300]

@@ -1,9 +1,14 @@
-"""How long a save keeps the training step waiting, against one bare copy of the same bytes, and against torch's DCP.
+"""What a save costs the training: how long it keeps a step waiting, and how much slower steps are while it is written.
 
     python docs/benchmarks/checkpoint.py [--mib 256] [--rounds 12] [--threads 1] [--out docs/benchmarks/checkpoint.json]
 
-All ways are timed in turns in one run, so that a busy machine slows all alike. The state is that of a small transformer
-with AdamW: many tensors of uneven sizes. `step_slowdown` is matrix products during a background write against without.
+The wait is compared with one bare copy of the same bytes and with torch's DCP. All ways are timed in turns in one run, so
+that a busy machine slows all alike. The state is that of a small transformer with AdamW: many tensors of uneven sizes.
+
+`steps_during_write` takes whole training steps (forward, backward, fused AdamW) of another small transformer from the
+begin of a background write to its end, against as many without one, once with one core left for the writing thread and
+once with torch on all cores. `wall_ratio` and `cpu_ratio` are a step's seconds and its own CPU-seconds (the writing
+thread's are not in them) during against without; `extra_s_a_save` is what one save adds to the run's time.
 """
 
 from __future__ import annotations
@@ -59,13 +64,86 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float]:
     return {n: round(f(values), digits) for n, f in (("min", min), ("median", statistics.median), ("max", max))}
 
 
-def steps_in(seconds: float, a: torch.Tensor) -> float:
-    """Matrix products a second, for about so long."""
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        a @ a
-        count += 1
-    return count / (time.perf_counter() - start)
+def training_step() -> Callable[[], None]:
+    """A step of a transformer of 3.2 million parameters on 2 x 128 tokens, about 70 ms of one core."""
+    torch.manual_seed(1)
+    layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(256, 256),
+        torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False),
+        torch.nn.Linear(256, 256),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids = torch.randint(0, 256, (2, 128))
+
+    def step() -> None:
+        loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def steps_beside(
+    step: Callable[[], None], *, before: Callable[[], Any], ended: Callable[[], bool]
+) -> tuple[list[float], list[float]]:
+    """Steps from `before` to the first one that ends when all has `ended`: seconds of each, and its own CPU-seconds.
+
+    With one thread of torch the CPU-seconds are those of this thread alone; with more they cannot be told apart from the
+    writer's, and are left out.
+    """
+    before()
+    wall, cpu = [], []
+    while not ended():
+        begin, cpu_begin = time.perf_counter(), time.thread_time()
+        step()
+        wall.append(time.perf_counter() - begin)
+        cpu.append(time.thread_time() - cpu_begin)
+    return wall, cpu
+
+
+def measure_steps(chunks: dict[str, Chunk], kept: CheckpointManager, *, threads: int, rounds: int) -> dict[str, Any]:
+    """Training steps during a background write against without one, in turns."""
+    torch.set_num_threads(threads)
+    step = training_step()
+    for _ in range(10):
+        step()
+    names = ("quiet", "quiet_cpu", "during", "during_cpu")
+    means: dict[str, list[float]] = {name: [] for name in names}
+    counts, extra = [], []
+    for number in range(1, rounds + 1):
+        wall, cpu = steps_beside(
+            step,
+            before=lambda number=number: kept.save(10_000 * threads + number, chunks, **ABOUT),
+            ended=lambda: kept._pending is None or kept._pending.done(),
+        )
+        kept.wait()
+        left = iter(range(len(wall)))
+        quiet, quiet_cpu = steps_beside(step, before=lambda: None, ended=lambda left=left: next(left, None) is None)
+        for name, values in zip(names, (quiet, quiet_cpu, wall, cpu), strict=True):
+            means[name].append(statistics.fmean(values))
+        counts.append(len(wall))
+        extra.append(sum(wall) - sum(quiet))
+    ratios = [d / q for d, q in zip(means["during"], means["quiet"], strict=True)]
+    cpu_ratios = [d / q for d, q in zip(means["during_cpu"], means["quiet_cpu"], strict=True)]
+    return {
+        "torch_threads": threads,
+        "steps_a_write": spread([float(n) for n in counts], 1),
+        "step_s_without": spread(means["quiet"]),
+        "step_s_during": spread(means["during"]),
+        "wall_ratio": spread(ratios, 3),
+        **({"cpu_ratio": spread(cpu_ratios, 3)} if threads == 1 else {}),
+        "extra_s_a_save": spread(extra, 3),
+        "load": round(os.getloadavg()[0], 2),
+        "raw": {name: [round(v, 5) for v in values] for name, values in means.items() if threads == 1 or "cpu" not in name},
+    }
+
+
+def without_raw(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_raw(v) for k, v in value.items() if k != "raw"}
+    return [without_raw(v) for v in value] if isinstance(value, list) else value
 
 
 def processor() -> str:
@@ -91,15 +169,12 @@ def measure(mib: int, rounds: int, root: Path) -> dict[str, Any]:
     background.wait()
     background.reserve(chunks)
     twin = {n: torch.empty_like(t).copy_(t) for n, t in values.items()}
-    matrix = torch.randn(512, 512)
     times: dict[str, list[float]] = {
         k: [] for k in ("bare_copy", "blocked", "total", "sync", "dcp_sync", "dcp_async_blocked", "dcp_async_total", "load")
     }
-    quiet, busy = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the reference
         for step in range(1, rounds + 1):
-            quiet.append(steps_in(0.3, matrix))
             times["bare_copy"].append(timed(lambda: [twin[n].copy_(t) for n, t in values.items()]))
             start = time.perf_counter()
             background.save(step, chunks, **ABOUT)
@@ -110,9 +185,6 @@ def measure(mib: int, rounds: int, root: Path) -> dict[str, Any]:
             found = background.newest()
             assert found is not None
             times["load"].append(timed(lambda found=found: background.load(found, chunks, layout={})))
-            background.save(step, chunks, **ABOUT)
-            busy.append(steps_in(0.3, matrix))
-            background.wait()
             shutil.rmtree(root / "d", ignore_errors=True)
             times["dcp_sync"].append(timed(lambda: dcp.save(values, checkpoint_id=root / "d", no_dist=True)))
             shutil.rmtree(root / "d", ignore_errors=True)
@@ -121,6 +193,9 @@ def measure(mib: int, rounds: int, root: Path) -> dict[str, Any]:
             times["dcp_async_blocked"].append(time.perf_counter() - start)
             future.result()
             times["dcp_async_total"].append(time.perf_counter() - start)
+    steps = [
+        measure_steps(chunks, background, threads=threads, rounds=rounds) for threads in sorted({1, os.cpu_count() or 1})
+    ]
     ratio = [b / c for b, c in zip(times["blocked"], times["bare_copy"], strict=True)]
     return {
         "bytes": size,
@@ -132,7 +207,7 @@ def measure(mib: int, rounds: int, root: Path) -> dict[str, Any]:
             statistics.median(times["blocked"]) / statistics.median(times["dcp_async_blocked"]), 3
         ),
         "write_gib_per_s": round(size / statistics.median(times["total"]) / 2**30, 3),
-        "step_slowdown": spread([q / b for q, b in zip(quiet, busy, strict=True)], 3),
+        "steps_during_write": steps,
         "raw": {name: [round(x, 5) for x in v] for name, v in times.items()},
     }
 
@@ -147,7 +222,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    root = Path(tempfile.mkdtemp(dir=asked.folder))
+    root, load = Path(tempfile.mkdtemp(dir=asked.folder)), os.getloadavg()[0]
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
         result = measure(asked.mib, asked.rounds, root)
@@ -156,7 +231,7 @@ def main() -> None:
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": "python docs/benchmarks/checkpoint.py " + " ".join(sys.argv[1:]),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_at_end": os.getloadavg()[0]},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_at_begin": round(load, 2)},
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "safetensors")}},
         "note": "both fsync their files; dcp takes no digests, distllm takes the sha256 of every file",
         **result,
@@ -164,7 +239,7 @@ def main() -> None:
     text = json.dumps(record, indent=1)
     if asked.out:
         asked.out.write_text(text + "\n")
-    print(json.dumps({k: v for k, v in record.items() if k != "raw"}, indent=1))
+    print(json.dumps(without_raw(record), indent=1))
 
 
 if __name__ == "__main__":

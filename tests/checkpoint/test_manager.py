@@ -5,16 +5,17 @@ import shutil
 import tempfile
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
-from distllm.checkpoint import commit, sharded
+from distllm.checkpoint import commit, find, sharded
 from distllm.checkpoint import manager as manager_module
 from distllm.checkpoint.chunk import Chunk
 from distllm.checkpoint.manifest import to_json
-from distllm.comm import World
+from distllm.comm import World, any_rank, gather
 from distllm.config.errors import CheckpointError, StorageError
 from tests.checkpoint.conftest import (
     ABOUT,
@@ -28,6 +29,7 @@ from tests.checkpoint.conftest import (
     save,
     tensors,
     two_rank_chunks,
+    write_two,
 )
 from tests.checkpoint.test_manifest import rewrite
 from tests.ranks import on_ranks
@@ -74,7 +76,7 @@ def test_the_state_may_change_as_soon_as_save_returns(folder: Path, monkeypatch:
     kept = manager(folder)
     values, rng = tensors(1), {"torch": torch.arange(4, dtype=torch.uint8)}
     kept.save(1, chunks_of(values), rng=rng, **ABOUT)
-    kept.poll()  # nothing to tell yet, and it does not wait
+    assert not kept.write_failed(), "nothing is known yet, and it does not wait"
     for value in (*values.values(), rng["torch"]):
         value.zero_()
     gate.opened.set()
@@ -102,18 +104,18 @@ def test_buffers_are_kept_from_save_to_save_and_follow_the_layout(folder: Path) 
     kept = manager(folder)
     values = tensors(1)
     kept.reserve(chunks_of(values))
-    first = {name: b.data_ptr() for name, b in kept._staging._buffers.items()}
+    first = {name: view.data_ptr() for name, view in kept._staging._views.items()}
     for step in (1, 2):
         save(kept, step)
         kept.wait()
-        assert {name: b.data_ptr() for name, b in kept._staging._buffers.items()} == first
+        assert {name: view.data_ptr() for name, view in kept._staging._views.items()} == first
     other = {"model.w": Chunk(torch.ones(2, 2), (2, 2), (0, 0), True)}
     kept.save(3, other, rng={}, **ABOUT)
     kept.wait()
-    assert kept._staging._buffers.keys() == other.keys()
+    assert kept._staging._views.keys() == other.keys()
 
 
-@pytest.mark.parametrize("call", ["poll", "wait", "save"])
+@pytest.mark.parametrize("call", ["wait", "save"])
 def test_a_failed_write_is_told_once_at_the_next_call(folder: Path, call: str) -> None:
     kept = manager(folder)
     save(kept, 1)
@@ -122,9 +124,10 @@ def test_a_failed_write_is_told_once_at_the_next_call(folder: Path, call: str) -
     save(kept, 2)
     assert kept._pending is not None
     kept._pending.exception()  # it is known now
+    assert kept.write_failed()
     with pytest.raises(StorageError, match="while writing the checkpoint of step 2"):
-        {"poll": kept.poll, "wait": kept.wait, "save": lambda: save(kept, 3)}[call]()
-    kept.poll()
+        {"wait": kept.wait, "save": lambda: save(kept, 3)}[call]()
+    assert not kept.write_failed()
     save(kept, 3)
     kept.wait()
     found = kept.newest()
@@ -271,6 +274,128 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     assert "rank 1: " in first[0] and "File exists" in first[0]
     assert "model.w [7, 5] (here [7, 6])" in first[1] and "step-2/manifest.json: missing" in first[2]
     assert names(folder) == ["step-1"]
+
+
+def test_a_failed_write_of_one_rank_is_known_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the loop: a flag of each rank in the agreement of the step, and `wait` on all once it is raised."""
+    folder = tmp_path / "checkpoints"
+    real = sharded.write_rank
+
+    def run(world: World) -> list[object]:
+        gate = threading.Event()
+
+        def write_rank(*args, **kwargs):  # type: ignore[no-untyped-def]
+            if world.rank == 1:
+                raise OSError(28, "No space left on device", "rank-00001.safetensors")
+            assert gate.wait(30.0)
+            return real(*args, **kwargs)
+
+        kept = manager(folder, world=world)
+        kept.save(1, two_rank_chunks(world.rank, 1), rng={}, **ABOUT)
+        kept.wait()
+        monkeypatch.setattr(sharded, "write_rank", write_rank)
+        kept.save(2, two_rank_chunks(world.rank, 2), rng={}, **ABOUT)
+        while not any_rank(kept.write_failed(), world):
+            pass
+        mine = kept.write_failed()
+        gate.set()
+        with pytest.raises(StorageError) as raised:
+            kept.wait()
+        found = kept.newest()
+        assert found is not None and not kept.write_failed()
+        return [mine, found.step, str(raised.value), world.is_main or names(folder)]
+
+    first, second = on_ranks(run, 2, tmp_path / "ranks")
+    assert [first[0], second[0]] == [False, True], "rank 0 still writes, and only learns of it from the agreement"
+    assert first[1:3] == second[1:3] and first[1] == 1
+    assert "No space left on device while writing the checkpoint of step 2" in first[2]
+    assert second[3] == ["step-1"]
+
+
+def test_to_find_a_checkpoint_each_rank_checks_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no rank waits in a collective for rank 0 to read terabytes."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        write_two(folder, step=step)
+    (folder / "step-3" / "rank-00001.safetensors").write_bytes(b"")
+    real = manager_module.check_files
+
+    def run(world: World) -> list[object]:
+        mine = []
+
+        def check_files(where, files, chosen):  # type: ignore[no-untyped-def]
+            mine.extend((where.name, name) for name in chosen)
+            return real(where, files, chosen)
+
+        monkeypatch.setattr(manager_module, "check_files", check_files)
+        monkeypatch.setattr(find, "check", lambda path: pytest.fail("one rank checks alone"))
+        kept = manager(tmp_path / "mine", world=world)
+        told = []
+        for bad in (folder / "step-3", tmp_path / "nowhere"):
+            with pytest.raises(CheckpointError) as raised:
+                kept.find(bad)
+            told.append(str(raised.value))
+        mine.clear()
+        return [kept.find(tmp_path).step, kept.find(folder / "step-1").step, told, mine]
+
+    first, second = on_ranks(run, 2, tmp_path / "ranks")
+    assert first[:3] == second[:3] and first[:2] == [2, 1]
+    assert "step-3/rank-00001.safetensors: 0 bytes" in first[2][0] and "no such folder" in first[2][1]
+    shares = [[name for step, name in each[3] if step == "step-2"] for each in (first, second)]
+    assert sorted(shares[0] + shares[1]) == sorted(p.name for p in (folder / "step-2").iterdir() if p.stem != "manifest")
+    assert shares[0] and shares[1]
+    assert (folder / "step-3").exists(), "finding changes nothing"
+
+
+@pytest.mark.parametrize("slow", ["hold", "tidy", "rmtree"])
+def test_ranks_wait_longer_than_a_collective_for_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    where = shutil if slow == "rmtree" else manager_module
+    real = getattr(where, slow)
+
+    def run(world: World) -> int:
+        def late(*args, **kwargs):  # type: ignore[no-untyped-def]
+            threading.Event().wait(1.5)
+            return real(*args, **kwargs)
+
+        torch.distributed.barrier()
+        monkeypatch.setattr(where, slow, late)
+        monkeypatch.setattr(manager_module, "_BREATH_S", 0.1)
+        torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(
+            timedelta(seconds=0.5)
+        )
+        kept = manager(folder, world=world)
+        if slow == "rmtree":
+            chunks = {} if world.is_main else {"model.w": Chunk(torch.zeros(2, dtype=torch.complex64), (2,), (0,), True)}
+            kept.save(1, chunks, rng={}, **ABOUT)
+            with pytest.raises(StorageError, match="rank 1: "):
+                kept.wait()
+        return len(gather(1, world))
+
+    assert on_ranks(run, 2, tmp_path / "ranks") == [2, 2]
+
+
+def test_names_are_sent_only_when_ranks_hold_different_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At thousands of ranks, every name from every rank would be gigabytes."""
+    folder = tmp_path / "checkpoints"
+    write_two(folder)
+
+    def run(world: World) -> int:
+        sent = []
+
+        def counted(value, world):  # type: ignore[no-untyped-def]
+            sent.append(value)
+            return gather(value, world)
+
+        kept = manager(tmp_path / "mine", world=world)
+        found = kept.find(folder)
+        monkeypatch.setattr(manager_module, "gather", counted)
+        kept.load(found, two_rank_chunks(world.rank, 2), layout={})
+        return len(sent)
+
+    assert on_ranks(run, 2, tmp_path / "ranks") == [0, 0]
 
 
 def test_names_that_only_some_ranks_hold_are_not_missed(tmp_path: Path) -> None:

@@ -3,16 +3,17 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
-from distllm.checkpoint import durable, retention
+from distllm.checkpoint import commit, durable, retention, sharded
 from distllm.checkpoint import manager as manager_module
 from distllm.checkpoint.find import candidates, check
 from distllm.config.errors import CheckpointError
-from tests.checkpoint.conftest import LOGGER, died, fork, manager, names, save, write_two
+from tests.checkpoint.conftest import LOGGER, die_at, died, fork, manager, names, save, write_two
 
 
 def test_the_newest_and_the_milestones_stay(folder: Path) -> None:
@@ -72,6 +73,73 @@ def test_no_deletion_ever_leaves_less_than_is_kept(folder: Path, monkeypatch: py
             found = kept.newest()
             step = found.step if found else 0
     assert len(deletions) > 10
+
+
+def test_with_one_kept_the_previous_stays_until_the_new_one_is_in_place_and_verifies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = manager(folder, keep=1)
+    save(kept, 1)
+    kept.wait()
+    seen = []
+    real_write = sharded.write_rank
+
+    def write_rank(*args, **kwargs):  # type: ignore[no-untyped-def]
+        record = real_write(*args, **kwargs)
+        seen.append(("written", [check(path).step for _, path in candidates(folder)]))
+        return record
+
+    def watched(path: Path, *, tag: str) -> None:
+        seen.append(("deletes", [check(path).step for _, path in candidates(folder)]))
+        durable.discard(path, tag=tag)
+
+    monkeypatch.setattr(sharded, "write_rank", write_rank)
+    monkeypatch.setattr(retention, "discard", watched)
+    save(kept, 2)
+    kept.wait()
+    assert seen == [("written", [1]), ("deletes", [2, 1])], "two good ones in the moment of the deletion"
+    assert names(folder) == ["step-2"]
+
+
+def test_with_one_kept_a_new_one_that_is_torn_does_not_cost_the_previous(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = manager(folder, keep=1)
+    save(kept, 1)
+    kept.wait()
+    real = commit._put_in_place
+
+    def torn(save_: commit.Save) -> None:
+        real(save_)
+        (save_.target / "rank-00000.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr(commit, "_put_in_place", torn)
+    save(kept, 2)
+    kept.wait()
+    assert names(folder) == ["bad-step-2", "step-1"] and "step-2/rank-00000.safetensors: 0 bytes" in caplog.text
+
+
+def test_with_one_kept_a_kill_at_any_system_call_leaves_a_good_one(tmp_path: Path) -> None:
+    call, killed, old_alone, both = 0, True, 0, 0
+    base = tmp_path / "base"
+    before = manager(base, keep=1)
+    save(before, 1)
+    before.wait()
+    while killed:
+        folder = tmp_path / f"killed-{call}"
+        shutil.copytree(base, folder)
+
+        def child(folder: Path = folder, call: int = call) -> None:
+            kept = manager(folder, attempt="dies", keep=1)
+            die_at(call)
+            save(kept, 2)
+            kept.wait()
+
+        killed = died(fork(child))
+        good = [check(path).step for _, path in candidates(folder)]
+        assert good in ([1], [2, 1], [2])
+        old_alone, both, call = old_alone + (good == [1]), both + (good == [2, 1]), call + 1
+    assert good == [2] and old_alone > 5 and both > 0
 
 
 def test_a_deletion_that_fails_does_not_fail_the_save(

@@ -17,7 +17,7 @@ from distllm.checkpoint.find import check
 from distllm.checkpoint.manifest import Piece, TensorRecord, uncovered
 from distllm.comm import World
 from distllm.config.errors import CheckpointError
-from tests.checkpoint.conftest import blank, chunks_of, equal, tensors, write_two
+from tests.checkpoint.conftest import ABOUT, blank, chunks_of, equal, manager, tensors, write_two
 from tests.ranks import on_ranks
 
 # name -> ranks, mesh shape, placements of every tensor; None: plain tensors, the same on every rank
@@ -86,6 +86,34 @@ def test_every_layout_reads_what_every_layout_wrote(tmp_path: Path) -> None:
 
     for size in of_size:
         assert on_ranks(read_all, size, tmp_path / "ranks") == [[]] * size
+
+
+def test_empty_shards_go_through_four_one_two_and_four_ranks(tmp_path: Path) -> None:
+    """Tensors with fewer rows than ranks: some ranks hold an empty piece; saved and loaded again at every turn."""
+    shapes = {"row": (1, 3), "two_rows": (2, 5), "three_rows": (3,), "five_rows": (5, 2), "no_rows": (0, 2)}
+    whole = {n: torch.randn(s, generator=torch.Generator().manual_seed(len(n))) for n, s in shapes.items()}
+    values = {**whole, "step": torch.tensor(3.0)}
+    folder = tmp_path / "checkpoints"
+
+    def turn(world: World, step: int) -> int:
+        kept = manager(folder, world=world, attempt=str(step), keep=9)
+        layout = {1: "one", 2: "shard2", 4: "shard4"}[world.size]
+        wanted = laid_out(layout, values, world.rank)
+        mine = wanted
+        if step:
+            found = kept.newest()
+            assert found is not None and found.step == step - 1
+            mine = laid_out(layout, {k: torch.full_like(v, 7) for k, v in values.items()}, world.rank)
+            kept.load(found, mine, layout={})
+            assert all(bits(mine[k].data) == bits(wanted[k].data) for k in wanted)
+        kept.save(step, mine, rng={}, **ABOUT)
+        kept.wait()
+        return sum(not chunk.data.numel() for chunk in mine.values())
+
+    empty = [on_ranks(lambda world, step=step: turn(world, step), size, tmp_path / "r") for step, size in enumerate((4, 1, 2, 4))]
+    assert empty == [[1, 2, 3, 5], [1], [1, 2], [1, 2, 3, 5]], "only no_rows is empty on rank 0, everything on the last of four"
+    read = dict(sharded.read_full(folder / "step-3", check(folder / "step-3").manifest, values))
+    assert all(torch.equal(read[name], values[name]) for name in values)
 
 
 def test_a_piece_is_written_once(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def test_the_defaults_are_sound() -> None:
         ("model.spec=foo", "model.spec=foo: must be package.module:function; nearest: my_package.my_module:make_spec"),
         ("model.spec=a.b:c model.sizes.x=1", "model.sizes={x: 1}: is for model.type and model.path; nearest: model.spec_args"),
         ("model.type=gpt2 model.spec_args.x=1", "model.spec_args={x: 1}: is for model.spec; nearest: model.sizes"),
+        ("model.attention=flash_attention_2 precision.compute=bf16 data.cross_documents=false", "model.attention=flash_attention_2: takes no mask, which data.cross_documents=false needs; nearest: sdpa"),
         ("model.trust_remote_code=true", "model.trust_remote_code=true: is for model.path, where code can come with a model; nearest: false"),
         ("model.attention=flash_attention_2 device=cpu", "model.attention=flash_attention_2: needs a GPU, and device is cpu; nearest: sdpa"),
         ("model.attention=flash_attention_2", "model.attention=flash_attention_2: computes in bf16 or fp16 only; nearest: sdpa, or precision.compute=bf16"),

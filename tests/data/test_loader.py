@@ -329,3 +329,20 @@ print("end")
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_large_steps_are_not_made_far_ahead(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 steps ahead of a long sequence with a mask [S, S] would be more memory than the model."""
+    made: list[int] = []
+    real = samples.train_batches
+    monkeypatch.setattr(samples, "train_batches", lambda ids: made.append(len(ids)) or real(ids))
+    samples.cross_documents = False
+    assert samples.batch_bytes(2) == sum(
+        tensor.nbytes for part in (lambda b: (b.inputs, b.targets))(samples.train_batch(range(2))) for tensor in part.values()
+    )
+    take(samples, 1, prefetch=16)
+    assert made.pop() == 8
+    monkeypatch.setattr("distllm.data.loader.AHEAD_BYTES", 3 * samples.batch_bytes(2))
+    del made[:]
+    take(samples, 4, prefetch=16)
+    assert set(made) == {1}

@@ -101,3 +101,15 @@ def test_held_out_is_stable_when_the_corpus_grows() -> None:
 
 def test_keys_depend_on_every_part_and_its_place() -> None:
     assert len({key_of(1, 2), key_of(2, 1), key_of(1), key_of(1, 2, 0), key_of(1, -2)}) == 5
+
+
+def test_a_permutation_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that makes batches takes the interpreter from the training step for as long as it computes."""
+    from distllm.data import order
+
+    passes: list[int] = []
+    real = order.mix
+    monkeypatch.setattr(order, "mix", lambda values: passes.append(1) or real(values))
+    for start in range(0, 18_000, 128):
+        permute(np.arange(start, start + 128), size=18_065, key=1)
+    assert len(passes) <= 1.2 * order.ROUNDS * 141

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,9 +192,9 @@ def test_a_forgotten_parameter_is_named() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"spec": "a:b", "sizes": {"hidden_size": 8}}, r"model\.sizes: is for model\.type"),
-        ({"type": "llama", "spec_args": {"hidden": 8}}, r"model\.spec_args: is for model\.spec"),
-        ({"spec": "nowhere"}, r"write it as package\.module:function"),
+        ({"spec": "a:b", "sizes": {"hidden_size": 8}}, r"model\.sizes=.*: is for model\.type"),
+        ({"type": "llama", "spec_args": {"hidden": 8}}, r"model\.spec_args=.*: is for model\.spec"),
+        ({"spec": "nowhere"}, r"must be package\.module:function"),
         ({"spec": "distllm.nowhere:spec"}, r"no module distllm\.nowhere"),
         ({"spec": "distllm.models.ngram_mlp:nothing"}, "has no function nothing"),
         ({"spec": "distllm.models.ngram_mlp:spec", "spec_args": {"depth": 3}}, "unexpected keyword argument 'depth'"),
@@ -208,8 +209,35 @@ def test_wrong_specs(model: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def not_a_spec() -> int:
-    return 1
+def not_a_spec() -> ModelSpec:
+    return 1  # type: ignore[return-value]
+
+
+def promises_nothing(*, path: str):  # type: ignore[no-untyped-def]
+    Path(path).touch()
+    return small_spec()
+
+
+@pytest.mark.parametrize("target", ["subprocess:run", "pathlib:Path", "os:mkdir", "tests.models.test_build:promises_nothing"])
+def test_only_a_function_that_is_declared_to_return_a_spec_is_called(target: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    arguments = {"subprocess:run": {"args": ["touch", str(made)]}}.get(target, {"path": str(made)})
+    with pytest.raises(ConfigError, match="must be a function that is declared to return a ModelSpec: def ") as caught:
+        resolve_spec(Config(model=ModelConfig(spec=target, spec_args=arguments)), vocab_size=300)
+    assert not made.exists() and "\n" not in str(caught.value)
+
+
+def test_only_the_blocks_with_the_names_that_are_wanted_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of("llama", num_hidden_layers=3)
+    every = dict(initial_tensors(spec, seed=1))
+    made: list[tuple[int, ...]] = []
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda size, *rest, **more: made.append(tuple(size)) or full(size, *rest, **more))
+    name = "model.layers.1.mlp.up_proj.weight"
+    some = dict(initial_tensors(spec, seed=1, names=[name]))
+    assert list(some) == [name] and torch.equal(some[name], every[name])
+    assert made.count(tuple(every[name].shape)) <= 2 < 6  # up and gate of one block of three
+    assert set(dict(initial_tensors(spec, seed=1, names={"model.rotary_emb.inv_freq"}))) == {"model.rotary_emb.inv_freq"}
 
 
 def short_spec() -> ModelSpec:

@@ -113,8 +113,8 @@ def test_wrong_sizes(kind: str, changes: dict[str, Any], message: str) -> None:
         ({"type": "lama"}, r"model\.type=lama: is not a model of transformers; the nearest is llama"),
         ({"type": "t5"}, r"model\.type=t5: is not a causal language model"),
         ({"type": "roberta"}, r"roberta counts positions by its padding token"),
-        ({"type": "llama", "path": "x"}, r"exactly one of type, path and spec; it has type and path"),
-        ({}, r"exactly one of type, path and spec; it has none"),
+        ({"type": "llama", "path": "x"}, r"exactly one of .*, and there is also model.path"),
+        ({}, r"exactly one of .* must be set"),
         (
             {"type": "gpt_neo", "sizes": {"num_layers": 2}, "attention": "sdpa"},
             r"model\.attention=sdpa: gpt_neo: .*use model\.attention=auto",
@@ -175,3 +175,18 @@ def test_transformers_keeps_its_own_verbosity() -> None:
     before = transformers.utils.logging.get_verbosity()
     spec_of("llama")
     assert transformers.utils.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_only_trusted_code_is_fetched_from_the_hub(trust: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    from distllm.models.hf import weights_folder
+
+    asked: list[str] = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or str(tmp_path)
+    )
+    with pytest.raises(DataError, match=r"no config\.json"):
+        weights_folder("owner/name", trust=trust)
+    assert ("*.py" in asked) == trust and "*.safetensors" in asked

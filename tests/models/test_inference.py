@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from distllm.checkpoint.hf import export
 from distllm.config.errors import DataError
-from distllm.generate import generate
+from distllm.generate import Sampling, generate
 from distllm.models import inference
 from distllm.models.build import initial_tensors
 from distllm.models.inference import load_for_inference
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def greedy(model: torch.nn.Module) -> torch.Tensor:
-    return generate(model, input_ids=random_ids(2, 5), max_tokens=8, temperature=0.0)
+    return generate(model, input_ids=random_ids(2, 5), sampling=Sampling(8, temperature=0.0))
 
 
 def test_one_device(folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_it_spreads_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", watched)
     load_for_inference(folder, device="cpu")
-    monkeypatch.setattr(inference, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(inference, "free_bytes", lambda device: 1000)
     load_for_inference(folder, device="cpu")
     assert asked == [None, "auto"]
 
@@ -76,3 +76,9 @@ def test_wrong_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="model: ") as caught:
         load_for_inference(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_memory_of_the_file_cache_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable: 80 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: told)
+    assert inference.free_bytes(torch.device("cpu")) == 80 * 1024

@@ -153,3 +153,13 @@ def test_an_own_module_reads_weights_too(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"lacks head\.weight"):
         list(initial_tensors(replace(spec, weights=tmp_path), seed=2))
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/../../b.safetensors"])
+def test_an_index_that_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.safetensors").touch()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(DataError, match="which is outside of the model folder"):
+        weights.tensor_files(folder)

@@ -6,7 +6,7 @@ from distllm.track.summary import Summary, duration, printable, render_summary
 RUN = Path("runs/quick start")
 FULL = Summary(
     run_folder=RUN, steps=300, total_steps=300, seconds=125.0, tokens=1_228_800, metrics=RUN / "metrics.jsonl",
-    resume_command="distllm train a.yaml train.steps=600", train_loss=3.125, val_loss=3.25, val_perplexity=25.79,
+    resume_command="distllm train a.yaml train.steps=600", val_loss=3.25, val_perplexity=25.79,
     val_accuracy=0.41, unigram_loss=6.5, best_val_loss=3.2, best_step=250, tokens_per_s=9830.4, skipped=2,
     checkpoint=RUN / "checkpoints/step-300", prompt="def ", sample="f(x):\n\treturn x\x1b[31m",
 )  # fmt: skip
@@ -15,7 +15,7 @@ FULL = Summary(
 def test_plain_text_says_everything() -> None:
     text = render_summary(FULL, terminal=False)
     for part in (
-        "quick start: done, 300 steps", "1,228,800 tokens", "2 min 5 s, 9,830 tokens/s", "3.1250",
+        "quick start: done, 300 steps", "1,228,800 tokens", "2 min 5 s, 9,830 tokens/s",
         "loss 3.2500, perplexity 25.79",
         "accuracy 41.0%", "6.5000", "3.2000 at step 250", "2 steps", "checkpoints/step-300", "metrics.jsonl",
         "distllm generate 'runs/quick start'", "distllm report 'runs/quick start'",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distllm.comm import World, barrier
+from distllm.comm import World, gather
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config, TrackConfig
 from distllm.track import wandb_run
@@ -94,7 +94,7 @@ def test_many_ranks_make_one_run(tmp_path: Path) -> None:
         tracker = Tracker(tmp_path / "run", config=ON, resolved={}, run_id=None, is_main=world.is_main)
         tracker.log(1, {"loss": 1.0})
         tracker.finish()
-        barrier(world)  # a rank that leaves while another still connects would break it
+        gather(None, world)  # a rank that leaves while another still connects would break it
         return tracker.run_id
 
     main, *others = on_ranks(job, 3, tmp_path / "ranks")

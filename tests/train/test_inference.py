@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from distllm import cli
+from distllm.checkpoint.manifest import to_json
 from distllm.comm import World
 from distllm.config.errors import CheckpointError, ConfigError, DataError
-from distllm.train.inference import evaluate_source, export_source, generate_source
+from distllm.config.load import from_yaml, to_yaml
+from distllm.config.schema import ModelConfig
+from distllm.generate import Sampling
+from distllm.models.spec import ModelSpec
+from distllm.train.inference import evaluate_source, export_source, generate_source, is_run, open_source
 from tests.ranks import on_ranks
 from tests.runs import metrics, run_tiny, tiny_config, words
 
@@ -50,18 +59,17 @@ def test_run_checkpoint_and_export_agree_on_a_text(trained: Path, exported: Path
 
 
 def test_run_and_export_write_the_same_text(trained: Path, exported: Path) -> None:
-    texts = ["".join(generate_source(str(s), prompts=["ab "], max_tokens=20, seed=5)) for s in (trained, exported)]
+    texts = ["".join(generate_source(str(s), prompts=["ab "], sampling=Sampling(20), seed=5)) for s in (trained, exported)]
     assert texts[0] == texts[1] and len(texts[0]) > 5
-    assert "".join(generate_source(str(trained), prompts=["ab "], max_tokens=20, seed=6)) != texts[0]
-    batch = list(generate_source(str(trained), prompts=["ab ", "longer prompt"], max_tokens=5, temperature=0.0))
-    alone = ["".join(generate_source(str(trained), prompts=[p], max_tokens=5, temperature=0.0)) for p in ("ab ", "longer prompt")]
+    assert "".join(generate_source(str(trained), prompts=["ab "], sampling=Sampling(20), seed=6)) != texts[0]
+    batch = list(generate_source(str(trained), prompts=["ab ", "longer prompt"], sampling=Sampling(5, temperature=0.0)))
+    greedy = Sampling(5, temperature=0.0)
+    alone = ["".join(generate_source(str(trained), prompts=[p], sampling=greedy)) for p in ("ab ", "longer prompt")]
     assert batch == alone
 
 
 def test_plain_transformers_loads_the_export_with_equal_logits(trained: Path, exported: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from distllm.train.inference import open_source
 
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
@@ -75,10 +83,118 @@ def test_what_cannot_be_used_is_told_in_one_line(trained: Path, exported: Path, 
     with pytest.raises(ConfigError, match="has no validation data of its own; give a text file, --text FILE"):
         evaluate_source(str(exported), texts=[])
     with pytest.raises(DataError, match="neither a run or checkpoint of distllm nor a model folder"):
-        next(generate_source(str(tmp_path), prompts=["a"]))
+        next(generate_source(str(tmp_path), prompts=["a"], sampling=Sampling(1)))
     broken = tmp_path / "latin.txt"
     broken.write_bytes(b"fine\nna\xefve\n")
     with pytest.raises(DataError, match=r"latin\.txt:2: not UTF-8 text"):
         evaluate_source(str(trained), texts=[broken])
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         export_source(str(tmp_path), tmp_path / "out")
+
+
+def own_run(trained: Path, target: Path, **model: object) -> Path:
+    """A copy of a run whose checkpoint says that its model is another one."""
+    shutil.copytree(trained, target)
+    for file in (target / "config.yaml", *target.glob("checkpoints/*/config.yaml")):
+        config = from_yaml(file.read_text())
+        file.write_text(to_yaml(config.model_copy(update={"model": ModelConfig.model_validate(model)})))
+    for step in target.glob("checkpoints/step-*"):  # as a forger would: the manifest agrees with the file
+        raw = json.loads((step / "manifest.json").read_text())
+        content = (step / "config.yaml").read_bytes()
+        raw["files"]["config.yaml"] |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        raw.pop("digest")
+        raw["digest"] = hashlib.sha256(to_json(raw)).hexdigest()
+        (step / "manifest.json").write_bytes(to_json(raw))
+    return target
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"spec": "tests.train.test_inference:planted", "spec_args": {"path": "here"}},
+        {"path": "owner/name", "trust_remote_code": True},
+    ],
+)
+def test_a_foreign_run_runs_no_code_of_its_own(
+    model: dict[str, object], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = own_run(trained, tmp_path / "foreign", **model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("text")
+    code = f"model.spec={model['spec']}" if "spec" in model else "model.trust_remote_code=true with model.path=owner/name"
+    for command in (f"generate {run}", f"eval {run} --text t.txt", f"export {run} out", f"train {run}"):
+        assert cli.run(command.split()) == 2
+        err = capsys.readouterr().err
+        assert f": its config runs code of its own ({code}); add --trust if you trust it\n" in err and err.count("\n") == 1
+    assert not (tmp_path / "here").exists()
+    if "spec" in model:
+        assert cli.run(["generate", str(run), "--trust"]) == 2
+        assert (tmp_path / "here").exists()
+
+
+def planted(*, path: str) -> ModelSpec:
+    Path(path).touch()
+    raise ConfigError(["planted"])
+
+
+def test_code_named_on_the_command_line_is_the_users_own(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(cli, "run_train", lambda loaded: seen.append(loaded.config.model.spec) or 0)
+    own = ["model.type=null", "model.sizes={}", "model.spec=distllm.models.ngram_mlp:spec"]
+    assert cli.run(["train", str(trained), "layout.dp_shard=1", *own]) == 0 and seen == ["distllm.models.ngram_mlp:spec"]
+
+
+def test_which_folder_is_a_run(trained: Path, exported: Path, tmp_path: Path) -> None:
+    step = trained / "checkpoints" / "step-40"
+    assert all(is_run(path) for path in (trained, step, trained / "checkpoints"))
+    theirs = tmp_path / "step-1000"
+    shutil.copytree(exported, theirs)
+    (theirs / "checkpoints").mkdir()
+    assert not is_run(exported) and not is_run(theirs) and not is_run(tmp_path / "hub")
+    (tmp_path / "step-7").mkdir()
+    assert is_run(tmp_path / "step-7"), "a torn checkpoint is told as one"
+    assert open_source(str(theirs)).name == str(theirs)
+
+
+def test_a_run_needs_not_the_model_that_it_began_from_nor_its_kernel(trained: Path, exported: Path, tmp_path: Path) -> None:
+    run = own_run(trained, tmp_path / "run", path=str(tmp_path / "gone"), attention="flash_attention_2")
+    if not (run / "model_config").is_dir():
+        (run / "model_config").mkdir()
+        shutil.copy(exported / "config.json", run / "model_config")
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        logits = [open_source(str(source)).model(input_ids=ids).logits for source in (run, trained)]
+    assert torch.equal(*logits)
+    out = export_source(str(run), tmp_path / "out")
+    assert (out / "config.json").is_file() and (out / "generation_config.json").is_file()
+
+
+def test_a_tokenizer_with_gaps_keeps_all_its_ids(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from distllm.data.encode import load_encoder
+    from distllm.data.tokenizer import id_count
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 40, "<|endoftext|>": 50}, unk_token="<|endoftext|>"))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    wrapped.save_pretrained(tmp_path)
+    assert len(wrapped) == 3 and id_count(wrapped) == 51 == load_encoder(tmp_path).vocab_size
+
+
+def test_what_accelerate_put_on_the_disk_lives_as_long_as_the_model(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distllm.train import inference
+
+    asked: dict[str, Path] = {}
+    load = inference.load_for_inference
+
+    def watched(folder: Path, *, offload_folder: Path, **rest: object) -> object:
+        asked.update(folder=Path(folder), offload=offload_folder)
+        return load(folder, offload_folder=offload_folder, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(inference, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(inference, "load_for_inference", watched)
+    opened = open_source(str(trained))
+    assert asked["folder"].is_dir() and asked["offload"].parent == asked["folder"].parent
+    with torch.no_grad():
+        opened.model(input_ids=torch.tensor([[1, 2, 3]]))
