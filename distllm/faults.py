@@ -87,6 +87,8 @@ def tells_first(error: BaseException, world: World) -> bool:
         return True
     import torch.distributed as dist
 
+    if "DISTLLM_INIT_METHOD" in os.environ and describe(error)[1] == EXIT_LOST and "timed out" not in str(error).lower():
+        return False  # of local ranks, the one that died has told why, or the launcher does
     if not isinstance(error, DistllmError | OSError):
         # Often only the echo of another rank's end. Who knows better (that rank, or the launcher) speaks meanwhile.
         time.sleep(0.5)

@@ -323,6 +323,16 @@ main()
 """
 
 
+def test_a_rank_that_is_killed_is_told_once(here: Path) -> None:
+    body = RANKS.replace("dist.barrier()", "os.kill(os.getpid(), 9) if rank == '1' else None; dist.barrier()")
+    (here / "fake_ranks.py").write_text("MODE = 'killed'\n" + textwrap.dedent(body))
+    driver = "import sys; from distllm.launch import local_ranks; sys.exit(local_ranks(['train', 'run.yaml'], 2, module='fake_ranks'))"
+    paths = f"{here}{os.pathsep}{ROOT}"
+    done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 137 and "Traceback" not in done.stderr
+    assert done.stderr == "distllm: rank 1 was ended by SIGKILL (often: the machine is out of memory); the other ranks were stopped\n"
+
+
 @pytest.mark.parametrize(("mode", "code", "err"), [("same on all", 3, "distllm: f.txt: empty file\n"), ("one rank", 3, "distllm: f.txt: empty file\n"), ("good", 75, "")])
 def test_real_ranks_tell_an_error_once(mode: str, code: int, err: str, here: Path) -> None:
     (here / "fake_ranks.py").write_text(f"MODE = {mode!r}\n" + textwrap.dedent(RANKS))

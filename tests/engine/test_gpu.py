@@ -70,9 +70,11 @@ def test_steps_that_do_not_log_do_not_wait_for_the_device(gpu: World) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.train_step(batches, samples=range(8, 16))
+        engine.train_step(batches, samples=range(8, 16))  # raises where the host waits for the device
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    engine.settle()
+    assert engine.updates == 4
 
 
 @pytest.mark.parametrize("extra", [(), ("precision.compute=bf16", "train.compile=true"), ("activation.mode=full",)])
