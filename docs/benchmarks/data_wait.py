@@ -38,7 +38,7 @@ def compute(step_s: float) -> None:
 
 def wait(samples: Samples, *, batch: int, steps: int, step_s: float, step: Callable[[float], None]) -> dict[str, object]:
     """Run steps and measure how long each waits for its batch."""
-    batches = step_batches(samples, start=0, micro_batch=batch, accumulation=1, dp_rank=0, dp_size=1, prefetch=4, pin=False)
+    batches = step_batches(samples, start=0, micro_batch=batch, accumulation=1, dp_rank=0, dp_size=1, prefetch=16, pin=False)
     waits, begin = [], time.perf_counter()
     for i in range(steps + 1):
         start = time.perf_counter()
