@@ -1,3 +1,4 @@
+import mmap
 from contextlib import contextmanager
 from pathlib import Path
 
