@@ -51,7 +51,8 @@ def tiny_config(folder: Path, *overrides: str, prepared: bool = True) -> Config:
                 "validation": {"fraction": 0.1},
             },
             "train": {
-                "steps": 12, "global_batch": 8, "micro_batch": 2, "log_every": 1, "eval_every": 6, "eval_batches": 2,
+                "steps": 12, "global_batch": 8, "micro_batch": 2, "log_every": 1, "eval_every": 4, "eval_batches": 2,
+                "sample_every": 4,
                 "sample_tokens": 4, "threads": 1,
             },
             "optim": {"lr": 0.01}, "schedule": {"warmup": 2}, "checkpoint": {"every": 4},

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -215,6 +216,7 @@ class NativeEngine:
     def state(self) -> dict[str, Chunk]:
         """The checkpoint state of this rank: parameters, persistent buffers and optimizer state, by name."""
         assert self._verdict is None, "settle first, so that a skip is told"
+        self._reshard()
         self.parameters.refresh()
         model = self.parallel.model
         chunks = {f"model.{name}": self._chunk(p, p) for name, p in model.named_parameters()}
@@ -241,6 +243,7 @@ class NativeEngine:
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter and persistent buffer by name, whole, fp32, on the CPU of rank 0, one at a time."""
+        self._reshard()
         model = self.parallel.model
         persistent = model.state_dict(keep_vars=True).keys()
         named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
@@ -248,6 +251,14 @@ class NativeEngine:
             whole = tensor.detach()
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
             yield name, whole.cpu() if self._rank == 0 else torch.empty(0)
+
+    def _reshard(self) -> None:
+        """Put the sharded parameters back in place: after an evaluation FSDP leaves what is outside the blocks gathered."""
+        for module in self.parallel.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        sharded = [isinstance(p, DTensor) for p in self.parallel.model.parameters()]
+        assert all(sharded) if self.parallel.sharded else not any(sharded)
 
     def _chunk(self, value: torch.Tensor, like: torch.Tensor) -> Chunk:
         return chunk_of(local_part(value), like=like, rank=self._rank)
