@@ -17,9 +17,9 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	@echo "creating the environment in $(VENV): about a minute, 1.6 GB"
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "distllm needs Python 3.11 or newer; set PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "distllm needs Python 3.11 or newer; set PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 quickstart: setup

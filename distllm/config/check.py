@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distllm.config.errors import ConfigError
 from distllm.config.kinds import shown
-from distllm.config.schema import Config, SourceConfig
+from distllm.config.schema import Config, ScheduleConfig, SourceConfig
 
 Rule = Callable[[Config], Iterator[str]]
 NOT_BUILT = ("pp", "cp", "tp", "ep")
@@ -282,18 +282,24 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield f"optim.implementation=fused: {optim.name} has no fused update; nearest: foreach"
 
 
+def warmup_steps(schedule: ScheduleConfig, *, steps: int) -> int:
+    """The steps of warm-up in a run of `steps`; what `auto` stands for."""
+    return min(100, steps // 10) if schedule.warmup == "auto" else schedule.warmup
+
+
 def _schedule(config: Config) -> Iterator[str]:
     schedule, steps = config.schedule, config.train.steps
-    if schedule.warmup >= steps:
+    warmup = warmup_steps(schedule, steps=steps)
+    if warmup >= steps:
         yield f"schedule.warmup={schedule.warmup}: must be below train.steps={steps}; nearest: {steps - 1}"
     elif schedule.name == "wsd":
-        free = (steps - schedule.warmup) / steps
+        free = (steps - warmup) / steps
         if schedule.decay_fraction == 0.0:
             yield f"schedule.decay_fraction=0.0: wsd needs a decay; nearest: {min(0.1, round(free, 3))}"
         elif schedule.decay_fraction > free + 1e-9:
             near = math.floor(free * 1000 + 1e-9) / 1000
             yield (
-                f"schedule.decay_fraction={schedule.decay_fraction}: with schedule.warmup={schedule.warmup} of "
+                f"schedule.decay_fraction={schedule.decay_fraction}: with schedule.warmup={warmup} of "
                 f"train.steps={steps} at most {free:.3g} is left to decay in; nearest: {near}"
             )
 

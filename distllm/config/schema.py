@@ -183,8 +183,8 @@ class ScheduleConfig(Section):
 
     name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
     """wsd: warm-up, stable, decay."""
-    warmup: NonNegative = 100
-    """Steps of linear warm-up from 0."""
+    warmup: NonNegative | Literal["auto"] = "auto"
+    """Steps of linear warm-up. auto: 100, or a tenth of a run that is shorter than 1,000 steps."""
     final: Fraction = 0.1
     """For linear, cosine and wsd: the last learning rate as a share of the peak."""
     decay_fraction: Fraction = 0.2

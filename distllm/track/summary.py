@@ -23,7 +23,7 @@ class Summary:
     total_steps: int
     """Steps of the whole run."""
     seconds: float
-    """Of this attempt."""
+    """Of training, those of earlier attempts included."""
     tokens: int
     """Input tokens trained on, those of earlier attempts included."""
     metrics: Path
@@ -38,12 +38,14 @@ class Summary:
     best_val_loss: float | None = None
     best_step: int | None = None
     tokens_per_s: float | None = None
-    """The mean of this attempt."""
+    """The mean over `seconds`."""
     skipped: int = 0
     """Steps not taken because a loss or a gradient was not finite."""
     checkpoint: Path | None = None
     stopped: str | None = None
     """Why the run ended before its last step."""
+    activate: str | None = None
+    """What makes the command `distllm` known to the shell, where it is not."""
     prompt: str = ""
     sample: str | None = None
     """Text that the model wrote after `prompt`."""
@@ -136,7 +138,8 @@ def _next(summary: Summary) -> list[tuple[str, str]]:
     if summary.checkpoint is not None:
         export = f"distllm export {run} {exported}{trust}"
         rows = [("write text", f"distllm generate {run}{trust}"), *rows, ("to transformers", export)]
-    return [*rows, ("continue" if summary.stopped else "train on", summary.resume_command)]
+    rows = [*rows, ("continue" if summary.stopped else "train on", summary.resume_command)]
+    return rows if summary.activate is None else [("first", summary.activate), *rows]
 
 
 def _sample_lines(summary: Summary) -> list[str]:

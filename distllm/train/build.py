@@ -108,6 +108,8 @@ def build(config: Config, world: World) -> Run:
 
 def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFolder, log: logging.Logger) -> Run:
     """`build`, once the run has a folder and a log."""
+    # A wrong type or size, and a model that cannot fit, are told before the text is tokenised.
+    _refuse_too_large(config, resolve_spec(config, vocab_size=1), world, shards=resolved.dp_shard)
     prepared = _data(config, world)
     data = DataFacts(prepared.digest, folder_digest(prepared.tokenizer_folder))
     comm.main_first(lambda: keep_tokenizer(folder, prepared.tokenizer_folder), world)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+import shutil
 import sys
 
 import torch
 
 from distllm import generate
 from distllm.checkpoint.find import candidates
+from distllm.comm import broadcast
 from distllm.config.trust import own_code
 from distllm.evaluate import Evaluation
 from distllm.track.summary import Summary, render_summary
@@ -43,6 +47,30 @@ def sample_text(run: Run, step: int) -> str | None:
     return texts[-1]
 
 
+def tell_if_done(run: Run) -> bool:
+    """Say so, and touch nothing, when the run has already taken and evaluated its last step."""
+    steps, figures = run.config.train.steps, run.folder.path / "summary.json"
+    done = False
+    if run.engine.updates >= steps and figures.exists():
+        done = json.loads(figures.read_text(encoding="utf-8")).get("steps") == run.engine.updates
+    if done := broadcast(done, run.world):
+        run.log.info(f"{run.folder.path} is done, {steps} steps; to train on: {_again(run, more=True)}")
+    return done
+
+
+def _again(run: Run, *, more: bool) -> str:
+    """The command that continues the run, or trains it for as many steps again."""
+    trust = " --trust" if own_code(run.config) is not None else ""
+    steps = f" train.steps={2 * run.config.train.steps}" if more else ""
+    return f"distllm train {shlex.quote(str(run.folder.path))}{trust}{steps}"
+
+
+def _activation() -> str | None:
+    """What to type before `distllm` is found, if it is not."""
+    inside = sys.prefix != sys.base_prefix and shutil.which("distllm") is None
+    return f"source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate" if inside else None
+
+
 def tell_end(
     run: Run, at: Position, last: Evaluation | None, sample: str | None, *, seconds: float, stopped: str | None
 ) -> None:
@@ -52,10 +80,7 @@ def tell_end(
     if run.engine.unused:
         run.log.warning(f"{len(run.engine.unused)} parameters got no gradient: {', '.join(run.engine.unused[:5])}")
     step = run.engine.updates
-    total = run.config.train.steps
-    trust = own_code(run.config) is not None
-    again = f"distllm train {shlex.quote(str(run.folder.path))}" + (" --trust" if trust else "")
-    again += "" if stopped else f" train.steps={2 * total}"
+    total, again = run.config.train.steps, _again(run, more=not stopped)
     newest = next((folder for _, folder in candidates(run.folder.checkpoints)), None)
     summary = Summary(
         run_folder=run.folder.path, steps=step, total_steps=total, seconds=seconds, tokens=at.tokens,
@@ -64,7 +89,8 @@ def tell_end(
         val_accuracy=last.accuracy if last else None, unigram_loss=run.samples.unigram_loss() if last else None,
         best_val_loss=at.best_val_loss, best_step=at.best_step, skipped=at.skipped, checkpoint=newest,
         prompt=run.config.train.sample_prompts[-1] if sample else "", sample=sample,
-        tokens_per_s=(at.tokens - run.start.tokens) / max(seconds, 1e-9), stopped=stopped, own_code=trust,
+        tokens_per_s=at.tokens / max(seconds, 1e-9), stopped=stopped, own_code=own_code(run.config) is not None,
+        activate=_activation(),
     )  # fmt: skip
     run.tracker.summary({k: v for k, v in vars(summary).items() if isinstance(v, int | float)})
     print(render_summary(summary, terminal=sys.stdout.isatty()), flush=True)

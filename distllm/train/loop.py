@@ -16,7 +16,7 @@ from distllm.engine.base import Skipped, StepOut
 from distllm.evaluate import Evaluation, evaluate
 from distllm.track.progress import Progress
 from distllm.train.build import Position, Run, close, save
-from distllm.train.ending import sample_text, tell_end
+from distllm.train.ending import sample_text, tell_end, tell_if_done
 from distllm.train.signals import StopRequest
 
 
@@ -26,9 +26,9 @@ def due(step: int, every: int) -> bool:
 
 
 def train(run: Run) -> int:
-    """Train the run, and close its files and its W&B run however it ends; arguments and errors as in `train_steps`."""
+    """Train the run, and close its files and its W&B run however it ends; returns and errors as in `train_steps`."""
     try:
-        code = train_steps(run)
+        code = EXIT_OK if tell_if_done(run) else train_steps(run)
     except BaseException as error:
         close(run, code=getattr(error, "exit_code", EXIT_BUG))
         raise
@@ -65,6 +65,7 @@ def train_steps(run: Run) -> int:
                 at = _tell_skips(run, at, engine.settle())  # whether this step was taken is known before it is acted on
             before, step, saved = step, engine.step, False
             fresh = step > before  # a skipped step is as if it had never been taken: what was due was done
+            bar.advance(step)
             if torn:
                 run.checkpoints.wait()  # raises what kept the last checkpoint from being written
             if fresh and (due(step, t.log_every) or step == t.steps):
@@ -84,7 +85,7 @@ def train_steps(run: Run) -> int:
             sample = sample_text(run, step)
         run.checkpoints.wait()
     code = EXIT_STOPPED if stopping else EXIT_OK
-    tell_end(run, at, last, sample, seconds=clock.attempt(), stopped=(request.received or "another rank") if stopping else None)
+    tell_end(run, at, last, sample, seconds=clock.total(), stopped=(request.received or "another rank") if stopping else None)
     return code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from distllm.config.check import warmup_steps
 from distllm.config.schema import ScheduleConfig
 
 
@@ -24,10 +25,11 @@ def learning_rate(step: int, *, config: ScheduleConfig, peak: float, steps: int)
     Sources: cosine, Loshchilov & Hutter 2016 (arXiv 1608.03983); wsd, Hu et al. 2024 (arXiv 2404.06395);
     inverse square root, Vaswani et al. 2017 (arXiv 1706.03762).
     """
-    if step < config.warmup:
-        return peak * (step + 1) / config.warmup
-    done = step - config.warmup
-    span = max(1, steps - 1 - config.warmup)
+    warmup = warmup_steps(config, steps=steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = step - warmup
+    span = max(1, steps - 1 - warmup)
     progress = min(1.0, done / span)
     floor = config.final
     if config.name == "constant":
@@ -37,7 +39,7 @@ def learning_rate(step: int, *, config: ScheduleConfig, peak: float, steps: int)
     if config.name == "cosine":
         return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
     if config.name == "inverse_sqrt":
-        start = max(1, config.warmup)
+        start = max(1, warmup)
         return peak * math.sqrt(start / (start + done))
     assert config.name == "wsd", config.name
     tail = max(1, round(config.decay_fraction * steps))

@@ -53,7 +53,7 @@ def test_the_defaults_are_sound() -> None:
         ("optim.betas=[0.9, 1.0]", "optim.betas.1=1.0: must be below 1; nearest: 0.999"),
         ("optim.momentum=1", "optim.momentum=1.0: must be below 1; nearest: 0.9"),
         ("optim.name=lion optim.implementation=fused", "optim.implementation=fused: lion has no fused update; nearest: foreach"),
-        ("train.steps=100", "schedule.warmup=100: must be below train.steps=100; nearest: 99"),
+        ("train.steps=100 schedule.warmup=100", "schedule.warmup=100: must be below train.steps=100; nearest: 99"),
         ("schedule.name=wsd schedule.warmup=900", "schedule.decay_fraction=0.2: with schedule.warmup=900 of train.steps=1000 at most 0.1 is left to decay in; nearest: 0.1"),
         ("schedule.name=wsd schedule.decay_fraction=0", "schedule.decay_fraction=0.0: wsd needs a decay; nearest: 0.1"),
         ("checkpoint.every=300 checkpoint.keep_every=1000", "checkpoint.keep_every=1000: must be a multiple of checkpoint.every=300; nearest: 900"),
@@ -76,7 +76,7 @@ def test_what_cannot_combine_is_told_in_one_line(tmp_path: Path, overrides: str,
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:
-    config = configured(tmp_path, "model.type=null", "train.steps=5", "layout.tp=2", "optim.momentum=1", "out=")
+    config = configured(tmp_path, "model.type=null", "schedule.warmup=5000", "layout.tp=2", "optim.momentum=1", "out=")
     assert [line.partition("=")[0] for line in check(config, world_size=2)] == ["model.type", "optim.momentum", "schedule.warmup", "out", "layout.tp"]
 
 

@@ -135,8 +135,8 @@ def in_process() -> Iterator[Any]:
     """Builds runs of one process, closed after the test."""
     made: list[Run] = []
 
-    def start(folder: Path, *overrides: str) -> Run:
-        made.append(build(tiny_config(folder, *overrides), ONE))
+    def start(folder: Path, *overrides: str, prepared: bool = True) -> Run:
+        made.append(build(tiny_config(folder, *overrides, prepared=prepared), ONE))
         return made[-1]
 
     yield start
@@ -229,6 +229,21 @@ def test_a_start_that_failed_before_its_first_step_does_not_hold_the_folder(in_p
         in_process(tmp_path, "model.sizes.hidden_size=65536", "model.sizes.num_hidden_layers=200")
     assert (tmp_path / "runs" / "tiny" / "config.yaml").exists()
     assert in_process(tmp_path).engine.updates == 0
+
+
+def test_a_run_that_is_done_says_so_and_touches_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "fsdp2", "train.steps=4") == [EXIT_OK] * 2
+    there = tmp_path / "runs" / "tiny"
+    before = {name: (there / name).read_bytes() for name in ("summary.json", "metrics.jsonl", "samples.txt")}
+    assert run(tmp_path, "fsdp2", "train.steps=4") == [EXIT_OK] * 2
+    assert {name: (there / name).read_bytes() for name in before} == before
+    assert f"{there} is done, 4 steps; to train on: distllm train {there} train.steps=8" in capfd.readouterr().err
+    assert run(tmp_path, "one", "train.steps=8") == [EXIT_OK] and max(losses(there)) == 8
+
+
+def test_a_wrong_model_is_told_before_the_text_is_read(in_process: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="hiden_size"):
+        in_process(tmp_path / "a", "model.sizes.hiden_size=3", "data.sources.0.path=nowhere.txt", prepared=False)
 
 
 def test_a_folder_that_holds_something_else_is_refused(in_process: Any, tmp_path: Path) -> None:

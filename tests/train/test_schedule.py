@@ -48,3 +48,10 @@ def test_after_the_warm_up_it_never_rises(name: str) -> None:
 def test_no_warm_up_starts_at_the_peak() -> None:
     for name in ("constant", "linear", "cosine", "wsd", "inverse_sqrt"):
         assert rate(0, name=name, warmup=0) == 2.0
+
+
+def test_auto_warms_up_for_a_hundred_steps_or_a_tenth_of_a_short_run() -> None:
+    def first(steps: int) -> float:
+        return learning_rate(0, config=ScheduleConfig(), peak=1.0, steps=steps)
+
+    assert [first(s) for s in (100_000, 1000, 200, 20, 5)] == pytest.approx([0.01, 0.01, 0.05, 0.5, 1.0])
