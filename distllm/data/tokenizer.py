@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from distllm.config.errors import DataError
+from distllm.config.machine import reachable
 from distllm.config.schema import TokenizerConfig
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def load_hf(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     Raises:
         DataError: it is not there, has no fast version, or marks no end.
     """
+    import huggingface_hub
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = config.path
@@ -104,11 +106,15 @@ def load_hf(config: TokenizerConfig) -> PreTrainedTokenizerFast:
         if os.path.isfile(path):
             loaded = PreTrainedTokenizerFast(tokenizer_file=path)
         else:
-            loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            cached = os.path.isdir(path) or not reachable(huggingface_hub.constants.ENDPOINT)
+            loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=cached)
     except Exception as error:  # the hub, tokenizers and json have no common error class
-        where = "" if os.path.exists(path) else " (no such local path; without network only the hub's local cache is left)"
+        if not os.path.exists(path):
+            raise DataError(
+                f"data.tokenizer.path={path}: no such folder, and the hub has no such tokenizer or cannot be reached"
+            ) from None
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"data.tokenizer.path={path}: no tokenizer can be loaded{where}: {reason}") from None
+        raise DataError(f"data.tokenizer.path={path}: no tokenizer can be loaded: {reason}") from None
     if not loaded.is_fast:
         raise DataError(f"data.tokenizer.path={path}: has no fast version (tokenizer.json); convert it with transformers first")
     if loaded.eos_token is None:

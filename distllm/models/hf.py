@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distllm.config.errors import ConfigError, DataError
+from distllm.config.machine import reachable
 from distllm.config.schema import ModelConfig
 from distllm.models.flops import attention_windows, flops_per_token
 from distllm.models.spec import ModelSpec
@@ -337,7 +338,8 @@ def _download(name: str, *, trust: bool) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", *(["*.py"] if trust else [])]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        cached = not reachable(huggingface_hub.constants.ENDPOINT)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
     except Exception as error:
         raise DataError(
             f"model.path={name}: no such folder here, and the hub gave no model of that name ({type(error).__name__}); "
