@@ -184,9 +184,12 @@ def test_only_trusted_code_is_fetched_from_the_hub(trust: bool, monkeypatch: pyt
     from distllm.models.hf import weights_folder
 
     asked: list[str] = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or str(tmp_path)
-    )
+
+    def download(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(DataError, match=r"no config\.json"):
         weights_folder("owner/name", trust=trust)
     assert ("*.py" in asked) == trust and "*.safetensors" in asked
