@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distllm.config.errors import DataError, StorageError
+from distllm.config.machine import flush
 from distllm.data.tokenizer import id_count
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
@@ -63,8 +64,8 @@ def export(
         facts = {"model": spec.name, "vocab_size": spec.vocab_size, "max_seq_len": spec.max_seq_len, "dtype": _text(dtype)}
         (partial / MARKER).write_text(json.dumps({"format": "export", **facts}, indent=2) + "\n")
         for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
+            flush(file)
+        flush(partial)
         _replace(folder, partial)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
@@ -97,7 +98,7 @@ def _replace(folder: Path, partial: Path) -> None:
     if folder.exists():
         os.rename(folder, old)
     os.rename(partial, folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -223,12 +224,3 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 def _text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _flush(path: Path) -> None:
-    """Bring a file or folder to the disk before a rename makes it count."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -27,3 +28,12 @@ def reachable(url: str, *, timeout_s: float = 3.0) -> bool:
     except OSError:
         return False
     return True
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk before a rename makes it count."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

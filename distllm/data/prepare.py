@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from distllm.config.errors import DataError
+from distllm.config.machine import flush
 from distllm.config.schema import Config, SourceConfig, TokenizerConfig
 from distllm.data.bar import Bar
 from distllm.data.documents import documents
@@ -202,7 +203,7 @@ def _make(plan: _Plan, config: Config, staging: Path, *, progress: bool) -> None
     }  # fmt: skip
     _write_flushed(final / "meta.json", json.dumps(meta, indent=1))
     final.rename(plan.folder)
-    _flush_folder(plan.folder.parent)
+    flush(plan.folder.parent)
 
 
 def _tokenise(tasks: dict[str, list[Task]], *, workers: int, progress: bool) -> None:
@@ -283,13 +284,6 @@ def _write_flushed(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-
-def _flush_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _open(plan: _Plan, config: Config) -> Prepared:
