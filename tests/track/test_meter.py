@@ -90,4 +90,4 @@ def test_no_reading_touches_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         run_step(meter, clock, wait=0.1, work=0.9, tokens=1)
         with meter.pause():
             clock.now += 1.0
-        meter.read()
+        assert meter.read()["step_time_s"] == pytest.approx(1.0)
