@@ -9,8 +9,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, CheckpointError, ConfigError, DataError, DistllmError
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, ConfigError, DataError, DistllmError
 from distllm.faults import EXIT_INTERRUPTED, say, tell, tells_first
+from distllm.options import (
+    Average,
+    Beams,
+    Column,
+    ConfigFile,
+    Device,
+    Harness,
+    LengthPenalty,
+    Others,
+    Overrides,
+    PairColumn,
+    Processes,
+    Source,
+    TaskName,
+    Truncate,
+    Trust,
+    Weights,
+    Which,
+    Words,
+    device_name,
+    must_exist,
+    real_device,
+)
 
 if TYPE_CHECKING:
     from distllm.config.load import Loaded
@@ -31,17 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a run folder to go on with.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value]...", help="Values in place of the file's: train.steps=100 optim.lr=1e-3"),
-]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[key] [key=value]...", help="Keys or sections, and overrides.")]
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A run, a checkpoint, or a Hugging Face folder or hub name.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Run the Python code that the source names or brings with it.")]
-Processes = Annotated[int | None, typer.Option(min=1, help="Ranks to start here; else as the layout says, or one a GPU.")]
 
 
 def main() -> None:
@@ -142,22 +154,120 @@ def train(
 def evaluate(
     source: Source,
     text: Annotated[list[Path] | None, typer.Option(help="A UTF-8 text file to measure on; may be given again.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    data: Annotated[Path | None, typer.Option(help="A file like the run's training source, such as a test set.")] = None,
+    target: Annotated[Path | None, typer.Option(help="The file of the targets where --data is a plain text.")] = None,
+    ensemble: Others = None,
+    weight: Weights = None,
+    which: Which = "auto",
+    average: Average = 1,
+    beams: Beams = None,
+    length_penalty: LengthPenalty = None,
+    column: Column = None,
+    pair_column: PairColumn = None,
+    label_column: Annotated[str | None, typer.Option(help="The column of the label in --data.")] = None,
+    target_column: Annotated[str | None, typer.Option(help="The column of the target text in --data.")] = None,
+    task: TaskName = "",
+    truncate: Truncate = None,
+    harness: Harness = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --harness: documents of each task.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 8,
     device: Device = "auto",
     trust: Trust = False,
 ) -> int:
-    """Measure a model on text, or a run on its own validation data: loss, perplexity, token accuracy."""
-    _must_exist(source)
+    """Measure a model: a run on its own validation data, or any on a file: loss and what fits its task."""
+    for name in (source, *(ensemble or [])):
+        must_exist(name)
     for file in text or []:
         if not file.is_file():
             raise DataError(f"{file}: no such text file")
-    from distllm.train.inference import evaluate_source
+    _show_log()
+    from distllm.train import tell
+    from distllm.train.ensemble import open_ensemble
+    from distllm.train.evaluate_source import Measured, On, measure
+    from distllm.train.files import Columns, check_output
+    from distllm.train.inference import Choice, exported
+    from distllm.train.translate import decode_of
 
-    found = evaluate_source(source, texts=text or [], batch=batch, device=_device(device), trust=trust)
-    for name, value in found.items():
-        shown = value if isinstance(value, str) else f"{value:,.0f}" if name.endswith("tokens") else f"{value:.4f}"
-        print(f"{name:<16}{shown}")
-    print(f"{'next':<16}distllm generate {source} --prompt '...'")
+    if json is not None:
+        check_output(json, inputs=[f for f in (data, target) if f is not None])
+    choice = Choice(which, average)
+    if harness is not None:
+        from distllm.train.harness import run_harness
+
+        with exported(source, choice=choice, trust=trust) as (folder, kind):
+            figures = run_harness(folder, harness.split(","), kind=kind, batch=batch, device=real_device(device), limit=limit)
+        found = Measured(source, figures)
+    else:
+        opened = open_ensemble(
+            [source, *(ensemble or [])], weights=weight or [], choice=choice, device=device_name(device), trust=trust
+        )
+        on = On(
+            tuple(text or []), data, target, Columns(column, pair_column, label_column, target_column), task, truncate
+        )
+        decode = decode_of(opened, beams=beams, length_penalty=length_penalty)
+        found = measure(opened, on=on, batch=batch, decode=decode, terminal=True)
+    print("\n".join(tell.lines(found)))
+    if found.confusions:
+        folder = opened.first.run / "report" if opened.first.run is not None else Path.cwd()
+        for path in tell.draw(found, folder, name=data.stem if data is not None else "validation"):
+            print(f"{'picture':<16}{path}")
+    if json is not None:
+        tell.write_json(found, json)
+        print(f"{'figures':<16}{json}")
+    writes = (kind if harness is not None else opened.first.kind) in ("causal_lm", "sft")
+    use = "generate {} --prompt '...'" if writes else "predict {} --input FILE --output FILE"
+    print(f"{'next':<16}distllm {use.format(source)}")
+    return EXIT_OK
+
+
+@app.command(epilog=_EPILOG)
+def predict(
+    source: Source,
+    input: Annotated[Path, typer.Option(help="A table (.tsv, .csv, .jsonl, .parquet), or plain text, an example a line.")],
+    output: Annotated[Path, typer.Option(help="The file to write: a table of classes or numbers, or a text a line.")],
+    ensemble: Others = None,
+    weight: Weights = None,
+    which: Which = "auto",
+    average: Average = 1,
+    beams: Beams = None,
+    length_penalty: LengthPenalty = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a translation or continuation at most.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="For continuations; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="For continuations that are drawn.")] = 1,
+    column: Column = None,
+    pair_column: PairColumn = None,
+    task: TaskName = "",
+    truncate: Truncate = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 32,
+    device: Device = "auto",
+    trust: Trust = False,
+) -> int:
+    """Answer every row of a file: its class, its number, its translation, its continuation, or its masks filled."""
+    for name in (source, *(ensemble or [])):
+        must_exist(name)
+    if not input.is_file():
+        raise DataError(f"--input={input}: no such file")
+    _show_log()
+    from distllm.generate import Sampling
+    from distllm.train.ensemble import open_ensemble
+    from distllm.train.files import Columns, check_output
+    from distllm.train.inference import Choice
+    from distllm.train.predict import Asked
+    from distllm.train.predict import predict as predict_file
+    from distllm.train.translate import decode_of
+
+    check_output(output, inputs=[input])
+    opened = open_ensemble(
+        [source, *(ensemble or [])], weights=weight or [], choice=Choice(which, average), device=device_name(device), trust=trust
+    )
+    decode = decode_of(opened, beams=beams, length_penalty=length_penalty, max_tokens=max_tokens)
+    asked = Asked(
+        Columns(column, pair_column), task, truncate, decode, Sampling(max_tokens or 64, temperature=temperature), seed, batch
+    )
+    count = predict_file(opened, file=input, output=output, asked=asked, terminal=True)
+    print(f"rows     {count:,}")
+    print(f"written  {output}")
     return EXIT_OK
 
 
@@ -171,18 +281,28 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold this share.")] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 1,
+    ensemble: Others = None,
+    weight: Weights = None,
+    which: Which = "auto",
+    average: Average = 1,
     device: Device = "auto",
     trust: Trust = False,
 ) -> int:
     """Let a model continue a text."""
-    _must_exist(source)
+    for name in (source, *(ensemble or [])):
+        must_exist(name)
     prompts = [sys.stdin.read() if p == "-" else p for p in prompt or [""]]
-    target = _device(device)
+    target = device_name(device)
     from distllm.generate import Sampling
-    from distllm.train.inference import generate_source
+    from distllm.train.ensemble import open_ensemble
+    from distllm.train.generate_source import generate_source
+    from distllm.train.inference import Choice
 
     sampling = Sampling(max_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
-    pieces = generate_source(source, prompts=prompts, sampling=sampling, seed=seed, device=target, trust=trust)
+    opened = open_ensemble(
+        [source, *(ensemble or [])], weights=weight or [], choice=Choice(which, average), device=target, trust=trust
+    )
+    pieces = generate_source(opened, prompts=prompts, sampling=sampling, seed=seed)
     if len(prompts) == 1:
         for number, piece in enumerate(pieces):
             _write(prompts[0] + piece if number == 0 else piece)  # nothing is shown before the model has loaded
@@ -197,16 +317,20 @@ def generate(
 def export(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run (its newest good checkpoint), or a checkpoint.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT_FOLDER", help="The folder to write; new or empty.")],
+    which: Which = "auto",
+    average: Average = 1,
     trust: Trust = False,
 ) -> int:
     """Write a model folder that plain transformers loads."""
-    _must_exist(source)
-    from distllm.train.inference import export_source
+    must_exist(source)
+    from distllm.train.inference import Choice, export_source, loader_of
 
-    written = export_source(source, folder, trust=trust)
+    written = export_source(source, folder, choice=Choice(which, average), trust=trust)
+    loader = loader_of(written)
+    use = "generate {} --prompt '...'" if loader == "AutoModelForCausalLM" else "predict {} --input FILE --output FILE"
     print(f"written  {written}")
-    print(f"next     distllm generate {written} --prompt '...'")
-    print(f"         AutoModelForCausalLM.from_pretrained({str(written)!r})")
+    print(f"next     distllm {use.format(written)}")
+    print(f"         {loader}.from_pretrained({str(written)!r})")
     return EXIT_OK
 
 
@@ -241,7 +365,7 @@ def explain(
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> int:
     """Draw the curves of a run as pictures."""
     if not run_folder.is_dir():
-        _must_exist(f"./{run_folder}" if not run_folder.is_absolute() else str(run_folder))
+        must_exist(f"./{run_folder}" if not run_folder.is_absolute() else str(run_folder))
     from distllm.report import report as draw
 
     for path in draw(run_folder):
@@ -338,23 +462,3 @@ def _local_devices(config: Config) -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError([f"--device={name}: must be one of auto, cpu, cuda; nearest: auto"])
-    return name
-
-
-def _must_exist(source: str) -> None:
-    """Refuse a missing folder before anything heavy is imported; `name` and `owner/name` may be models of the hub."""
-    path = Path(source)
-    is_hub_name = not path.is_absolute() and source.count("/") <= 1 and (path.parent == Path(".") or not path.parent.exists())
-    if path.exists() or (is_hub_name and not source.startswith((".", "~", "runs/"))):
-        return
-    import difflib
-
-    runs = [str(path.parent) for path in Path("runs").glob("*/config.yaml")]
-    close = difflib.get_close_matches(source, runs, n=1, cutoff=0.3)
-    hint = f"nearest: {close[0]}" if close else "give a run, a checkpoint or a model folder"
-    raise CheckpointError(f"{source}: no such folder; {hint}")

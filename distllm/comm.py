@@ -117,6 +117,15 @@ def gather(value: T, world: World) -> list[T]:
     return values
 
 
+def gather_over(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Give every rank of `group` the values of all of them, in order; `None` is a group of one."""
+    if group is None or dist.get_world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def any_rank(flag: bool, world: World) -> bool:
     """Whether `flag` is true on at least one rank; the same answer on every rank."""
     if world.size == 1:

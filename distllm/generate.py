@@ -34,7 +34,7 @@ class Sampling:
 
 
 def stream(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     *,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -44,13 +44,15 @@ def stream(
     max_len: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    weights: Sequence[float] = (),
 ) -> Iterator[torch.Tensor]:
     """Continue prompts, a token at a time; the global random state is not touched.
 
     Where a prompt and its continuation outgrow the model's positions, the model sees the last `max_len` tokens.
 
     Args:
-        model: a causal language model; one with a cache of keys and values (transformers) uses it.
+        model: a causal language model; one with a cache of keys and values (transformers) uses it. Or several of one
+            vocabulary: at each step their probabilities are averaged.
         input_ids: int64 [B, S], padded on the left where prompts differ in length.
         attention_mask: [B, S], 1 at tokens and 0 at padding; None: no padding.
         sampling: how many tokens, and how each is chosen.
@@ -59,27 +61,26 @@ def stream(
         max_len: the longest input; None: what the model's config says.
         generator: the source of randomness; None: a new one with seed 0.
         use_cache: False computes every token from the whole text, as modules without a cache do.
+        weights: of several models in the average; empty: all the same.
 
     Returns:
         An iterator over the next tokens, int64 [B] each, on the device of `input_ids`.
     """
     mask = _checked_mask(input_ids, attention_mask)
-    limit = max_len or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    writers = [_Writer(m, max_len, use_cache) for m in ([model] if isinstance(model, nn.Module) else model)]
+    shares = list(weights) or [1.0] * len(writers)
     ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id or ()), dtype=torch.long)
     ends = ends.to(input_ids.device)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    cached = use_cache and "past_key_values" in inspect.signature(model.forward).parameters
-    text, cache, last = input_ids, None, None
-    was_training = model.training
-    model.eval()
+    text, last = input_ids, None
+    modes = [writer.model.training for writer in writers]
     try:
+        for writer in writers:
+            writer.model.eval()
         for _ in range(sampling.max_tokens):
-            if cached and (limit is None or text.shape[1] <= limit):
-                logits, cache = _cached_logits(model, text, mask, cache)
-            else:
-                logits = _recomputed_logits(model, text, mask, limit)
-            chosen = choose(logits[:, :vocab_size], sampling, generator=source).to(input_ids.device)
+            logits = _mean([writer.logits(text, mask) for writer in writers], shares, vocab_size)
+            chosen = choose(logits, sampling, generator=source).to(input_ids.device)
             last = chosen if last is None else torch.where(ended, last, chosen)
             yield last
             ended = ended | torch.isin(last, ends)
@@ -88,27 +89,34 @@ def stream(
             text = torch.cat([text, last[:, None]], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     finally:
-        model.train(was_training)
+        for writer, mode in zip(writers, modes, strict=True):
+            writer.model.train(mode)
 
 
-def generate(
-    model: nn.Module,
-    *,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    sampling: Sampling,
-    eos_id: int | Sequence[int] | None = None,
-    vocab_size: int | None = None,
-    max_len: int | None = None,
-    generator: torch.Generator | None = None,
-    use_cache: bool = True,
-) -> torch.Tensor:
-    """The prompts and their continuations, int64 [B, S + new]; arguments as in `stream`."""
-    tokens = stream(
-        model, input_ids=input_ids, attention_mask=attention_mask, sampling=sampling, eos_id=eos_id, vocab_size=vocab_size,
-        max_len=max_len, generator=generator, use_cache=use_cache,
-    )  # fmt: skip
-    return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
+class _Writer:
+    """A model and its cache of the text so far."""
+
+    def __init__(self, model: nn.Module, max_len: int | None, use_cache: bool) -> None:
+        self.model = model
+        self.limit: int | None = max_len or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        self.cached = use_cache and "past_key_values" in inspect.signature(model.forward).parameters
+        self.cache: Any = None
+
+    def logits(self, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The logits [B, V] of the token after `text` [B, S], which grew by one token since the last call."""
+        if not self.cached or (self.limit is not None and text.shape[1] > self.limit):
+            return _recomputed_logits(self.model, text, mask, self.limit)
+        logits, self.cache = _cached_logits(self.model, text, mask, self.cache)
+        return logits
+
+
+def _mean(logits: Sequence[torch.Tensor], weights: Sequence[float], vocab_size: int | None) -> torch.Tensor:
+    """The logits [B, vocab_size] of one model; of several the logarithm of their mean probability."""
+    if len(logits) == 1:
+        return logits[0][:, :vocab_size]
+    parts = [w / sum(weights) * each.float().softmax(-1).to(logits[0].device) for each, w in zip(logits, weights, strict=True)]
+    size = min(part.shape[-1] for part in parts)
+    return torch.stack([part[:, :size] for part in parts]).sum(dim=0).log()[:, :vocab_size]
 
 
 def _checked_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -209,7 +217,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, device: torch.devi
 
 
 def sample_text(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     *,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -218,6 +226,7 @@ def sample_text(
     generator: torch.Generator | None = None,
     device: torch.device,
     to_the_end: bool = False,
+    weights: Sequence[float] = (),
 ) -> list[str]:
     """Continue prompts as text; what is returned does not repeat the prompt and ends before the end-of-document token.
 
@@ -231,14 +240,16 @@ def sample_text(
         device: where the model takes its input.
         to_the_end: compute all `max_tokens` even where every text has ended. For a model that ranks share: one that
             stopped alone, because its last bit fell otherwise, would leave the others waiting in a collective.
+        weights: as in `stream`.
     """
     ids, mask = encode_prompts(tokenizer, prompts, device=device)
     end = tokenizer.eos_token_id
-    out = generate(
+    tokens = stream(
         model, input_ids=ids, attention_mask=mask, sampling=sampling, eos_id=None if to_the_end else end,
-        vocab_size=id_count(tokenizer), max_len=max_len, generator=generator,
+        vocab_size=id_count(tokenizer), max_len=max_len, generator=generator, weights=weights,
     )  # fmt: skip
-    rows = [row[: row.index(end)] if end in row else row for row in out[:, ids.shape[1] :].tolist()]
+    written = torch.stack(list(tokens), dim=1).tolist()
+    rows = [row[: row.index(end)] if end in row else row for row in written]
     return ["".join(decode_stream(tokenizer, row)) for row in rows]
 
 

@@ -28,7 +28,7 @@ from distllm.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "datasets", "wandb", "numpy", "tokenizers", "matplotlib", "accelerate", "deepspeed", "pyarrow"}
-COMMANDS = ("prepare", "train", "eval", "generate", "export", "explain", "report")
+COMMANDS = ("prepare", "train", "eval", "predict", "generate", "export", "explain", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,8 @@ def test_config_errors_import_no_torch() -> None:
     for argv in (
         ("train", "run.yaml", "train.steps=-5"), ("train", "run.yaml", "layout.tp=2"), ("train", "none.yaml"),
         ("prepare", "run.yaml", "lr=3"), ("explain", "run.yaml", "train"), ("train", "run.yaml", "--print"),
-        ("generate", "./nowhere"), ("eval", "runs/nowhere", "--text", "x"), ("report", "nowhere"),
+        ("generate", "./nowhere"), ("eval", "runs/nowhere", "--text", "x"), ("predict", "./nowhere", "--input", "a", "--output", "b"),
+        ("report", "nowhere"),
     ):  # fmt: skip
         assert not imported(*argv) & HEAVY, argv
 

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from distllm.config.errors import DataError
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
 from distllm.evaluate import Evaluation, evaluate
+from distllm.train.tasks import token_figures
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -65,7 +68,12 @@ def of_all_rows(rows: list) -> Evaluation:
     logs = torch.log_softmax(table[inputs], -1)
     loss = float(-logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][kept].mean())
     accuracy = float((table[inputs].argmax(-1) == labels)[kept].double().mean())
-    return Evaluation(loss, math.exp(loss), accuracy, int(kept.sum()))
+    return Evaluation(loss, int(kept.sum()), {"perplexity": math.exp(loss), "accuracy": accuracy})
+
+
+def without_parts(found: Evaluation) -> Evaluation:
+    """What can be compared, and sent by a rank."""
+    return replace(found, parts={})
 
 
 def test_the_same_figures_on_1_and_4_ranks_with_an_uneven_end(tmp_path: Path) -> None:
@@ -75,13 +83,13 @@ def test_the_same_figures_on_1_and_4_ranks_with_an_uneven_end(tmp_path: Path) ->
     def job(world: World) -> Evaluation:
         mine = batches(rows, rank=world.rank, size=world.size, micro_batch=3, number=2 if world.size == 4 else 5)
         group = None if world.size == 1 else torch.distributed.group.WORLD
-        return evaluate(Stub().eval_step, mine, group=group, device=CPU)
+        return without_parts(evaluate(Stub().eval_step, mine, group=group, device=CPU, figures=token_figures))
 
     for size in (1, 4):
         for found in on_ranks(job, size, tmp_path):
-            assert found.tokens == expected.tokens and found.accuracy == expected.accuracy
+            assert found.count == expected.count and found.figures["accuracy"] == expected.figures["accuracy"]
             assert found.loss == pytest.approx(expected.loss, rel=1e-12)
-            assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
+            assert found.figures["perplexity"] == pytest.approx(expected.figures["perplexity"], rel=1e-12)
 
 
 def test_a_rank_without_a_batch_takes_part(tmp_path: Path) -> None:
@@ -89,9 +97,13 @@ def test_a_rank_without_a_batch_takes_part(tmp_path: Path) -> None:
 
     def job(world: World) -> Evaluation:
         mine = batches(rows, rank=0, size=1, micro_batch=3, number=1) if world.rank == 1 else []
-        return evaluate(Stub().eval_step, mine, group=torch.distributed.group.WORLD, device=CPU)
+        found = evaluate(
+            Stub().eval_step, mine, group=torch.distributed.group.WORLD, device=CPU, figures=token_figures
+        )
+        return without_parts(found)
 
-    alone = evaluate(Stub().eval_step, batches(rows, rank=0, size=1, micro_batch=3, number=1), group=None, device=CPU)
+    made = batches(rows, rank=0, size=1, micro_batch=3, number=1)
+    alone = without_parts(evaluate(Stub().eval_step, made, group=None, device=CPU, figures=token_figures))
     assert on_ranks(job, 2, tmp_path) == [alone, alone]
 
 
@@ -101,27 +113,46 @@ def test_many_batches_lose_no_precision() -> None:
             return LossTerms(torch.tensor(1e7), torch.tensor(1e7 - 3))
 
     batch = batches(samples(1), rank=0, size=1, micro_batch=1, number=1)[0]
-    found = evaluate(Constant().eval_step, [batch] * 300, group=None, device=CPU)
-    assert found.tokens == 300 * 9_999_997 and found.loss == 1e7 / 9_999_997  # fp32 sums would be off by 1e-5
+    found = evaluate(Constant().eval_step, [batch] * 300, group=None, device=CPU, figures=token_figures)
+    assert found.count == 300 * 9_999_997 and found.loss == 1e7 / 9_999_997  # fp32 sums would be off by 1e-5
 
 
 def test_no_batch_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    monkeypatch.setattr(torch.Tensor, "item", lambda t: reads.append("item"))
-    monkeypatch.setattr(torch.Tensor, "__float__", lambda t: reads.append("float"))
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: reads.append("bool"))
-    real = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append("tolist") or real(t))
-    evaluate(Stub().eval_step, batches(samples(12), rank=0, size=1, micro_batch=3, number=4), group=None, device=CPU)
-    assert reads == ["tolist"]
+    for name in ("item", "__float__", "__bool__", "tolist", "cpu", "numpy"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, name=name, real=real: reads.append(name) or real(t))
+
+    def given() -> Iterator[Batch]:
+        yield from batches(samples(12), rank=0, size=1, micro_batch=3, number=4)
+        reads.append("end of the batches")
+
+    evaluate(Stub().eval_step, given(), group=None, device=CPU, figures=token_figures)
+    assert reads[0] == "end of the batches" and "cpu" in reads
+
+
+def test_parts_of_any_shape_are_added_over_ranks_and_batches(tmp_path: Path) -> None:
+    def job(world: World) -> list[list[float]]:
+        def step(batch: Batch) -> LossTerms:
+            number = torch.tensor(float(batch.sample_ids[0] + 1))
+            return LossTerms(number, torch.tensor(1), {"table": number * torch.arange(4.0).reshape(2, 2), "one": number})
+
+        made = [Batch({}, {}, (i,)) for i in range(5)][world.rank :: world.size]
+        group = None if world.size == 1 else torch.distributed.group.WORLD
+        found = evaluate(step, made, figures=lambda totals: {"one": float(totals.parts["one"])}, group=group, device=CPU)
+        assert found.figures == {"one": 15.0} and found.loss == 3.0
+        return found.parts["table"].tolist()
+
+    for size in (1, 2, 4):
+        assert on_ranks(job, size, tmp_path) == [[[0.0, 15.0], [30.0, 45.0]]] * size
 
 
 def test_metrics_have_their_names_and_unknown_accuracy_is_left_out() -> None:
     made = batches(samples(6), rank=0, size=1, micro_batch=3, number=2)
-    metrics = evaluate(Stub().eval_step, made, group=None, device=CPU).as_metrics()
+    metrics = evaluate(Stub().eval_step, made, group=None, device=CPU, figures=token_figures).as_metrics()
     assert set(metrics) == {"val_loss", "val_perplexity", "val_accuracy", "val_tokens"}
-    bare = evaluate(Stub(counts_correct=False).eval_step, made, group=None, device=CPU)
-    assert bare.accuracy is None and "val_accuracy" not in bare.as_metrics() and bare.loss == metrics["val_loss"]
+    bare = evaluate(Stub(counts_correct=False).eval_step, made, group=None, device=CPU, figures=token_figures)
+    assert "val_accuracy" not in bare.as_metrics() and bare.loss == metrics["val_loss"]
 
 
 def test_figures_that_are_not_finite_or_too_large_are_told_as_they_are() -> None:
@@ -133,11 +164,12 @@ def test_figures_that_are_not_finite_or_too_large_are_told_as_they_are() -> None
             return LossTerms(torch.tensor(self.loss), torch.tensor(1))
 
     made = batches(samples(1), rank=0, size=1, micro_batch=1, number=1)
-    assert math.isnan(evaluate(Fixed(math.nan).eval_step, made, group=None, device=CPU).perplexity)
-    assert evaluate(Fixed(5000.0).eval_step, made, group=None, device=CPU).perplexity == math.inf
+    unknown = evaluate(Fixed(math.nan).eval_step, made, group=None, device=CPU, figures=token_figures)
+    large = evaluate(Fixed(5000.0).eval_step, made, group=None, device=CPU, figures=token_figures)
+    assert math.isnan(unknown.figures["perplexity"]) and large.figures["perplexity"] == math.inf
 
 
 def test_no_target_token_is_one_clear_line() -> None:
     for made in ([], batches([], rank=0, size=1, micro_batch=2, number=1)):
-        with pytest.raises(DataError, match="no target token"):
-            evaluate(Stub().eval_step, made, group=None, device=CPU)
+        with pytest.raises(DataError, match="no target"):
+            evaluate(Stub().eval_step, made, group=None, device=CPU, figures=token_figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from distllm.config.errors import DataError
 from distllm.config.schema import Config, DataConfig, ModelConfig
-from distllm.generate import Sampling, choose, decode_stream, encode_prompts, generate, keep_likely, sample_text, stream
+from distllm.generate import Sampling, choose, decode_stream, encode_prompts, keep_likely, sample_text, stream
 from distllm.models.build import resolve_spec
 from tests.models.families import filled, random_ids, spec_of
+
+
+def generate(model: torch.nn.Module | list[torch.nn.Module], *, input_ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+    """The prompts and their continuations, int64 [B, S + new]."""
+    tokens = stream(model, input_ids=input_ids, **rest)
+    return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
 
 
 def model_of(kind: str, *, positions: int = 64) -> torch.nn.Module:
@@ -57,6 +64,20 @@ def test_the_cache_is_used_and_equals_recomputing() -> None:
     ]
     assert torch.equal(*sampled)
     assert widths == [5] + [1] * 9 + list(range(5, 15))
+
+
+def test_several_models_answer_with_their_mean_probability() -> None:
+    pair, ids = [model_of("llama"), model_of("gpt2")], random_ids(2, 5)
+    greedy = Sampling(6, temperature=0.0)
+    first, second = (generate(model, input_ids=ids, sampling=greedy) for model in pair)
+    assert not torch.equal(first, second)
+    assert torch.equal(generate(pair, input_ids=ids, sampling=greedy, weights=[1.0, 1e-9]), first)
+    assert torch.equal(generate(pair, input_ids=ids, sampling=greedy, weights=[1e-9, 2.0]), second)
+    together = generate(pair, input_ids=ids, sampling=greedy, weights=[3.0, 1.0])
+    for end in range(5, 11):
+        with torch.no_grad():
+            one, other = (model(input_ids=together[:, :end]).logits[:, -1].softmax(-1) for model in pair)
+        assert torch.equal((0.75 * one + 0.25 * other).argmax(-1), together[:, end])
 
 
 def test_an_own_module_without_cache_and_mask() -> None:

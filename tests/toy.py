@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # an optimizer imports it at its first step: once here, not in every forked rank (1 s)
 from torch import nn
 
 from distllm.comm import World
@@ -103,6 +104,7 @@ class Settings:
     precision: PrecisionConfig = PrecisionConfig()
     activation: ActivationConfig = ActivationConfig()
     compile: bool = False
+    ema: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,7 +122,7 @@ def toy_engine(world: World, settings: Settings) -> NativeEngine:
         parallel, objective=causal_lm, optimizer=make_optimizer(settings.optim, model=model, device=world.device),
         schedule=make_schedule(ScheduleConfig(warmup=2), peak=settings.optim.lr, steps=20), clip=settings.optim.clip,
         penalty=make_penalty(settings.optim, model=model), precision=settings.precision, device=world.device,
-        rank=world.rank, loss_unit=float(SEQ),
+        rank=world.rank, loss_unit=float(SEQ), ema=settings.ema,
     )  # fmt: skip
 
 

@@ -17,6 +17,11 @@ from distllm.checkpoint import sharded
 from distllm.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, check_files, plain_file, read_manifest
 from distllm.config.errors import CheckpointError
 
+BEST = "best"
+"""The name, in a folder of checkpoints, of the symbolic link to the best one."""
+AVERAGES = "ema."
+"""What the names of averaged weights begin with, where those of weights begin with `model.`."""
+
 _STEP = re.compile(r"step-(0|[1-9]\d*)(\.new)?")
 _HASHERS = 4  # threads; hashlib lets go of the interpreter
 
@@ -77,10 +82,11 @@ def check(folder: Path) -> Found:
 
 
 def find(path: Path, *, logger: logging.Logger) -> Found:
-    """The checkpoint that a path means: a checkpoint folder, a run folder, or its folder of checkpoints.
+    """The checkpoint that a path means: a checkpoint folder, a link to one, a run folder, or its folder of checkpoints.
 
     Args:
-        path: an explicit checkpoint must be good; of a run the newest good checkpoint is taken.
+        path: an explicit checkpoint must be good; of a run the newest good checkpoint is taken. A link is followed, so
+            that `.folder` is where the checkpoint really lies.
         logger: told of each bad checkpoint of a run that is passed over.
 
     Raises:
@@ -95,6 +101,10 @@ def meant(path: Path) -> list[Path]:
     Raises:
         CheckpointError: there is none; whether one is good is not looked at.
     """
+    target = linked(path)
+    if target is not None and _STEP.fullmatch(target.name):
+        # Between the two renames of a second writing only `step-N.new` is there, and readers prefer it while it is.
+        return [folder for folder in (target.with_name(f"{target.name}.new"), target) if folder.exists()] or [target]
     if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
         return [path]
     several = candidates(path / "checkpoints") or candidates(path)
@@ -102,6 +112,11 @@ def meant(path: Path) -> list[Path]:
         kind = "no checkpoint here" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {kind}; give a run folder or a folder checkpoints/step-N")
     return [folder for _, folder in several]
+
+
+def linked(path: Path) -> Path | None:
+    """Where a symbolic link leads, whether or not something is there; None when it is no link."""
+    return path.parent / os.readlink(path) if path.is_symlink() else None
 
 
 def first_good(
@@ -125,7 +140,7 @@ def first_good(
         except NewerFormat:
             raise
         except CheckpointError as error:
-            if folder == path:
+            if folder == path or folder == linked(path):
                 raise
             if logger is not None:
                 logger.warning("passing over a bad checkpoint: %s", error)
@@ -141,6 +156,18 @@ def unreadable(error: OSError, *, folder: Path) -> CheckpointError:
 def read_facts(found: Found) -> dict[str, Any]:
     """What the run wrote down beside its tensors."""
     return dict(found.manifest.facts)
+
+
+def read_weights(found: Found) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a checkpoint's model answers with: the moving averages where it has them, else as trained.
+
+    Whole, by the model's own names, one at a time on the CPU; with the persistent buffers.
+    """
+    tensors = found.manifest.tensors
+    names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
+    taken = [AVERAGES + name if AVERAGES + name in tensors else f"model.{name}" for name in names]
+    for name, (_, tensor) in zip(names, sharded.read_full(found.folder, found.manifest, taken), strict=True):
+        yield name, tensor
 
 
 def read_full(found: Found, *, names_prefix: str = "model.") -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,10 +19,10 @@ from distllm.config.machine import flush
 from distllm.data.tokenizer import id_count
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
-from distllm.models.weights import persistent_names
+from distllm.models.weights import MARKER, persistent_names
 
-MARKER = "distllm.json"
-"""The file by which a folder is known as an export, so that a new export may replace it."""
+WRITES = ("", "causal_lm", "sft", "seq2seq")
+"""Tasks whose models write text, and so have a generation_config.json."""
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_*")
 
 
@@ -61,7 +61,13 @@ def export(
             _write_config(partial, spec, tokenizer_folder, dtype)
         if tokenizer_folder is not None:
             _copy(tokenizer_folder, partial, TOKENIZER_FILES)
-        facts = {"model": spec.name, "vocab_size": spec.vocab_size, "max_seq_len": spec.max_seq_len, "dtype": _text(dtype)}
+        if tokenizer_folder is not None and spec.hf_config is not None:
+            _fit_tokenizer(partial, spec)
+        facts = {
+            "model": spec.name, "task": spec.task, "base": spec.base, "vocab_size": spec.vocab_size,
+            "max_seq_len": spec.max_seq_len, "dtype": _text(dtype),
+        }  # fmt: skip
+        # By this file a folder is known as an export, so that a new one may replace it.
         (partial / MARKER).write_text(json.dumps({"format": "export", **facts}, indent=2) + "\n")
         for file in partial.iterdir():
             flush(file)
@@ -179,7 +185,7 @@ def _write_config(folder: Path, spec: ModelSpec, tokenizer_folder: Path | None, 
     """config.json and generation_config.json, with the tokenizer's special ids."""
     import transformers
 
-    from distllm.models.hf import quiet
+    from distllm.models.quiet import quiet
 
     config = copy.deepcopy(spec.hf_config)
     config.use_cache = True
@@ -189,15 +195,16 @@ def _write_config(folder: Path, spec: ModelSpec, tokenizer_folder: Path | None, 
         if tokenizer_folder is not None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
             _check_vocabulary(tokenizer, spec, tokenizer_folder)
-            # The model's own ids win: a chat model ends its turn with another token than its tokenizer's. A padding id
-            # stays out of config.json, because a model that finds one there builds an embedding with a frozen row.
+            # The model's own ids win: a chat model ends its turn with another token than its tokenizer's. A padding id that
+            # the model has not stays out of config.json, because one that is there builds an embedding with a frozen row.
             for target, key in [(c, k) for c in (config, generation) for k in ("bos_token_id", "eos_token_id")]:
                 if getattr(target, key, None) is None:
                     setattr(target, key, getattr(tokenizer, key, None))
             if generation.pad_token_id is None:
                 generation.pad_token_id = tokenizer.pad_token_id
         config.save_pretrained(folder)
-        generation.save_pretrained(folder)
+        if spec.task in WRITES:
+            generation.save_pretrained(folder)
     if spec.weights is not None and getattr(config, "auto_map", None):
         _copy(spec.weights, folder, ("*.py",))
 
@@ -207,7 +214,22 @@ def _generation_config(spec: ModelSpec) -> Any:
 
     if spec.weights is not None and (spec.weights / "generation_config.json").is_file():
         return transformers.GenerationConfig.from_pretrained(spec.weights)
-    return transformers.GenerationConfig.from_model_config(spec.hf_config)
+    made = transformers.GenerationConfig.from_model_config(spec.hf_config)
+    if spec.task == "seq2seq":
+        made.max_length = spec.max_seq_len or 512  # transformers stops after 20 tokens where nothing is said
+    return made
+
+
+def _fit_tokenizer(folder: Path, spec: ModelSpec) -> None:
+    """Have plain transformers' tokenizer give the inputs that this model takes, and no more."""
+    file = folder / "tokenizer_config.json"
+    if spec.task in ("", "causal_lm", "sft") or not file.is_file():
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    names = ["input_ids", *(["token_type_ids"] if spec.token_types else []), "attention_mask"]
+    if settings.get("model_input_names") != names:
+        settings["model_input_names"] = names
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_vocabulary(tokenizer: Any, spec: ModelSpec, folder: Path) -> None:

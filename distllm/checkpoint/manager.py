@@ -6,6 +6,7 @@ A save, on N ranks:
 3. Rank 0 waits for all records by looking into the folder (a thread must not enter a collective), writes `config.yaml`
    and `manifest.json`, fsyncs them and the folder, renames the folder to `step-S` and fsyncs its parent.
 4. Only then are older checkpoints deleted, each by a rename to `.trash-...` first.
+5. Where the step is the best so far, the link `best` is made to name it, after it is in place and by one rename.
 
 So a folder is a checkpoint if and only if its manifest verifies, and a process may die at any moment: what it leaves
 is a `.tmp-` or `.trash-` folder, which the next start removes. A step that is saved again (after a fallback to an older
@@ -18,9 +19,10 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,9 @@ from distllm.checkpoint import sharded
 from distllm.checkpoint.chunk import Chunk
 from distllm.checkpoint.commit import Save, write
 from distllm.checkpoint.durable import storage_error
-from distllm.checkpoint.find import Found, candidates, first_good, meant, unreadable
+from distllm.checkpoint.find import BEST, Found, candidates, first_good, meant, step_folder, unreadable
 from distllm.checkpoint.manifest import Manifest, NewerFormat, check_files, read_manifest, to_json
-from distllm.checkpoint.retention import hold, retire, set_aside, tidy
+from distllm.checkpoint.retention import hold, link_best, retire, set_aside, tidy
 from distllm.checkpoint.staging import Staging
 from distllm.comm import World, any_rank, broadcast, first_error, gather, main_first
 from distllm.config.errors import CheckpointError
@@ -81,8 +83,10 @@ class CheckpointManager:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saving: Save | None = None
+        self._linking: Future[None] | None = None
         self._saves = 0
         self._lock: int | None = None
+        self._newest_writing: str | None = None
         self._good: set[str] = set()  # names of checkpoints that were written or checked by this process
         main_first(self._take_folder, world)  # checks of a second writing and big deletions take longer than a collective may
 
@@ -140,13 +144,26 @@ class CheckpointManager:
         if not self._config.asynchronous:
             self.wait()
 
+    def mark_best(self, step: int) -> None:
+        """Let `best`, a link in the folder, name the checkpoint of this step as soon as it is in place; it then stays.
+
+        Call it on all ranks after `save` of that step, the last one or an earlier. Waits for nothing. When the checkpoint
+        cannot be written, or the file system has no links, the old link stays and the log says so.
+        """
+        self._linking = self._writer.submit(self._link, step)
+
     def wait(self) -> None:
-        """Wait until the last save is on the disk; raises what kept it from being so."""
-        if self._pending is None:
+        """Wait until the last save is on the disk, and named if it is the best; raises what kept it from being so."""
+        doing = [future for future in (self._pending, self._linking) if future is not None]
+        if not doing:
             return
-        while any_rank(not wait_for([self._pending], timeout=_BREATH_S).done, self._world):
+        while any_rank(bool(wait_for(doing, timeout=_BREATH_S).not_done), self._world):
             pass
-        self._settle()
+        if self._linking is not None:
+            linking, self._linking = self._linking, None
+            assert linking.exception() is None, linking.exception()
+        if self._pending is not None:
+            self._settle()
 
     def write_failed(self) -> bool:
         """Whether this rank's background write is known to have failed. Not collective, and waits for nothing.
@@ -181,7 +198,7 @@ class CheckpointManager:
         return first_good(path, folders, check=self._found_together, logger=logger)
 
     def load(
-        self, found: Found, chunks: Mapping[str, Chunk], *, layout: dict[str, Any]
+        self, found: Found, chunks: Mapping[str, Chunk], *, layout: dict[str, Any], optional: Sequence[str] = ()
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
         """Fill the state in place from a checkpoint of any layout.
 
@@ -189,6 +206,8 @@ class CheckpointManager:
             found: what `newest` or `find` gave.
             chunks: this rank's state by name, of the layout of now.
             layout: sizes of the mesh axes of now.
+            optional: prefixes of names of which the checkpoint, or the state of now, may have none; such chunks are left
+                as they are.
 
         Returns:
             The facts, and this rank's random-number states, or None when the layout or the number of ranks is another.
@@ -197,6 +216,13 @@ class CheckpointManager:
             CheckpointError: the checkpoint is of another model or optimizer, or a file is not what it should be.
         """
         manifest = found.manifest
+        for prefix in optional:
+            here = any_rank(any(name.startswith(prefix) for name in chunks), self._world)
+            there = any(name.startswith(prefix) for name in manifest.tensors)
+            if here != there:
+                chunks = {name: chunk for name, chunk in chunks.items() if not name.startswith(prefix)}
+                tensors = {name: tensor for name, tensor in manifest.tensors.items() if not name.startswith(prefix)}
+                manifest = replace(manifest, tensors=tensors)
         expected = self._names_together(set(chunks))
         error: BaseException | None = None
         rng: dict[str, torch.Tensor] | None = None
@@ -285,7 +311,23 @@ class CheckpointManager:
             return
         new, log = save.target.name, self._logger
         self._good.add(new)
+        self._newest_writing = new
         try:
             retire(self.folder, config=self._config, just_written=new, good=self._good, tag=save.tag, logger=log)
         except OSError as error:  # the new checkpoint is in place; there is only more on the disk than asked for
             log.warning("older checkpoints could not be deleted: %s: %s", error.filename, error.strerror)
+
+    def _link(self, step: int) -> None:
+        """What the background thread does for `mark_best`, after the writes that were asked for before."""
+        if not self._world.is_main:
+            return
+        target, log = step_folder(self.folder, step), self._logger
+        try:
+            link_best(target, known_good=target.name in self._good, tag=f"{self._attempt}-{self._saves}")
+            if self._newest_writing is not None:  # the one that was the best may have stayed for that alone
+                retire(
+                    self.folder, config=self._config, just_written=self._newest_writing, good=self._good,
+                    tag=f"{self._attempt}-{self._saves}-best", logger=log,
+                )  # fmt: skip
+        except (CheckpointError, OSError) as error:
+            log.warning("%s could not be made to name %s: %s", self.folder / BEST, target.name, error)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from distllm.checkpoint.durable import discard, sync_folder
-from distllm.checkpoint.find import candidates, check, check_sizes
+from distllm.checkpoint.find import BEST, candidates, check, check_sizes, linked
 from distllm.checkpoint.manifest import NewerFormat
 from distllm.config.errors import CheckpointError
 from distllm.config.schema import CheckpointConfig
@@ -66,6 +66,8 @@ def tidy(folder: Path, *, logger: logging.Logger) -> None:
     for name in os.listdir(folder):
         if name.startswith((".tmp-step-", ".trash-")):
             shutil.rmtree(folder / name, ignore_errors=True)
+        elif name.startswith(f".{BEST}-"):
+            (folder / name).unlink(missing_ok=True)
     for _, new in candidates(folder):
         if new.suffix != ".new":
             continue
@@ -88,6 +90,8 @@ def retire(
 ) -> None:
     """Delete the checkpoints that nobody asked to keep; only when `keep` newer good ones are there.
 
+    The one that the link `best` names stays too.
+
     Args:
         folder: of checkpoints; the caller holds it.
         config: `keep` newest good ones stay, and multiples of `keep_every` steps.
@@ -96,11 +100,11 @@ def retire(
         tag: makes the names of the trash unique.
         logger: told of bad checkpoints.
     """
-    counted = 0
+    counted, best = 0, linked(folder / BEST)
     newest = folder / just_written
     for step, path in [(0, newest), *[c for c in candidates(folder) if c[1] != newest]]:
         if counted >= config.keep:
-            if not (config.keep_every and step % config.keep_every == 0):
+            if path != best and not (config.keep_every and step % config.keep_every == 0):
                 discard(path, tag=tag)
                 good.discard(path.name)
             continue
@@ -116,6 +120,31 @@ def retire(
             continue
         good.add(path.name)
         counted += 1
+
+
+def link_best(target: Path, *, known_good: bool, tag: str) -> None:
+    """Let the link `best` beside a checkpoint name it, in one rename: a reader sees the old link or the new one.
+
+    Args:
+        target: a checkpoint that has been put in place.
+        known_good: whether it was checked to the last bit, when it was written or found.
+        tag: makes the name of the link unique until it is in place.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole; the link is as it was.
+        OSError: the link cannot be made.
+    """
+    if known_good:
+        check_sizes(target)
+    else:
+        check(target)
+    best = target.with_name(BEST)
+    if linked(best) == target:
+        return
+    new = target.with_name(f".{BEST}-{tag}")
+    os.symlink(target.name, new, target_is_directory=True)  # relative: the run folder may be moved
+    os.rename(new, best)
+    sync_folder(target.parent)
 
 
 def set_aside(folder: Path, problem: BaseException | None, *, logger: logging.Logger) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from distllm.config.check_task import TABLES, TASK_RULES
 from distllm.config.errors import ConfigError
 from distllm.config.kinds import shown
 from distllm.config.schema import Config, ScheduleConfig, SourceConfig
@@ -29,7 +30,7 @@ class Resolved:
     micro_batch: int
     accumulation: int
     global_batch: int
-    """micro_batch x accumulation x dp_size, in samples."""
+    """micro_batch x accumulation x dp_size, in samples; with `train.batch_tokens` it says nothing."""
 
 
 def check(config: Config, *, world_size: int | None = None) -> list[str]:
@@ -77,6 +78,8 @@ def resolved_config(config: Config, world_size: int) -> Config:
         ConfigError: as `resolve_layout`.
     """
     batch = resolve_layout(config, world_size).global_batch
+    if config.train.batch_tokens is not None:
+        return config  # the tokens decide; how they are dealt does not matter
     return config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch, "accumulation": "auto"})})
 
 
@@ -227,14 +230,14 @@ def _sources(config: Config) -> Iterator[str]:
 def _source(place: str, source: SourceConfig) -> Iterator[str]:
     kind, default = source.kind, SourceConfig()
     if kind == "embedded" and source.path is not None:
-        fit = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet", ".bin": "tokens"}
+        fit = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".bin": "tokens"}
         near = next((k for ending, k in fit.items() if source.path.endswith(ending)), "text")
         yield f"{place}.path={shown(source.path)}: the embedded source has no path; nearest: {place}.kind={near}"
     if kind != "embedded" and not source.path:
         yield f"{place}.path={shown(source.path)}: kind {kind} needs a path; nearest: {place}.kind=embedded"
     if kind == "tokens" and source.path and source.path.endswith((".bin", ".idx")):
         yield f"{place}.path={shown(source.path)}: is the path without its ending; nearest: {source.path[:-4]}"
-    only = {"name": {"hub"}, "split": {"hub"}, "column": {"jsonl", "csv", "parquet", "hub"}, "document": {"text"}}
+    only: dict[str, set[str]] = {"name": {"hub"}, "split": {"hub"}, "column": set(TABLES), "document": {"text"}}
     for name, kinds in only.items():
         value, usual = getattr(source, name), getattr(default, name)
         if value != usual and kind not in kinds:
@@ -327,4 +330,5 @@ def _places(config: Config) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     model_problems, _model_fits_data, _sources, _tokenizer, _validation, _optimizer, _schedule, _checkpoints, _device, _places,
+    *TASK_RULES,
 )  # fmt: skip

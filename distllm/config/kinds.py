@@ -24,6 +24,7 @@ class Kind:
     above: float | None = None
     at_least: float | None = None
     at_most: float | None = None
+    below: float | None = None
     pattern: str | None = None
     choices: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
@@ -53,7 +54,7 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
         return Kind("section", section=annotation)
     limits: dict[str, Any] = {}
     for constraint in metadata:
-        for name, ours in (("gt", "above"), ("ge", "at_least"), ("le", "at_most"), ("pattern", "pattern")):
+        for name, ours in (("gt", "above"), ("ge", "at_least"), ("le", "at_most"), ("lt", "below"), ("pattern", "pattern")):
             if getattr(constraint, name, None) is not None:
                 limits[ours] = getattr(constraint, name)
     names: dict[Any, Any] = {int: "whole", float: "number", bool: "flag", str: "text", type(None): "null"}
@@ -111,6 +112,8 @@ def known_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[st
             yield from known_keys(kind.section, f"{prefix}{name}.")
         if kind.what == "list" and kind.parts[0].section is not None:
             yield from known_keys(kind.parts[0].section, f"{prefix}{name}.0.")
+        if kind.what == "table" and kind.parts[0].section is not None:
+            yield from known_keys(kind.parts[0].section, f"{prefix}{name}.NAME.")
 
 
 def describe(kind: Kind) -> str:
@@ -119,9 +122,11 @@ def describe(kind: Kind) -> str:
         noun = "a whole number" if kind.what == "whole" else "a number"
         if kind.at_least is not None and kind.at_most is not None:
             return f"{noun} from {_plain(kind.at_least)} to {_plain(kind.at_most)}"
+        top = f" and below {_plain(kind.below)}" if kind.below is not None else ""
+        top = top or (f" and at most {_plain(kind.at_most)}" if kind.at_most is not None else "")
         if kind.above is not None:
-            return f"{noun} above {_plain(kind.above)}"
-        return f"{noun} of {_plain(kind.at_least)} or more" if kind.at_least is not None else noun
+            return f"{noun} above {_plain(kind.above)}{top}"
+        return f"{noun} of {_plain(kind.at_least)} or more{top}" if kind.at_least is not None else noun
     if kind.what == "choice":
         return f"one of {', '.join(kind.choices)}" if len(kind.choices) > 1 else kind.choices[0]
     if kind.what == "text" and kind.pattern is not None:
@@ -171,6 +176,8 @@ def _nearest_number(kind: Kind, value: Any) -> float | int | None:
         if not whole:
             return None  # no number is the nearest one above a limit
         number = kind.above + 1
+    if kind.below is not None and number >= kind.below:
+        return None
     number = max(number, kind.at_least) if kind.at_least is not None else number
     number = min(number, kind.at_most) if kind.at_most is not None else number
     if whole and kind.above is not None:

@@ -30,11 +30,15 @@ from distllm.config.schema import Config, Section
 
 # What a run may change when it resumes, because the weights it computes do not follow from it (up to rounding). The batch
 # is compared as one number, so that another layout may split it otherwise; `train.steps` may grow to train on.
-_FREE_SECTIONS = {"name", "out", "resume", "device", "layout", "activation", "checkpoint", "track"}
+_FREE_SECTIONS = {"name", "out", "resume", "device", "layout", "activation", "checkpoint", "track", "decode"}
 _FREE_KEYS = {
     "model.attention", "model.trust_remote_code", "data.workers", "data.prefetch", "data.store", "optim.implementation",
+    "task.metrics",
 }  # fmt: skip
 _BATCH_KEYS = {"train.global_batch", "train.micro_batch", "train.accumulation"}
+_DECIDING_TRAIN_KEYS = _BATCH_KEYS | {
+    "train.batch_tokens", "train.batch_ramp", "train.seq_ramp", "train.seq_ramp_from", "train.ema",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Loaded:
 
     config: Config
     origins: dict[str, str]
-    """Dotted key -> `default`, `file`, `command line` or `derived`."""
+    """Dotted key -> `default`, `file`, `command line`, `model` or `derived`."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -73,8 +77,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     problems: list[str] = []
     for override in overrides:
         _override(raw, origins, override, problems)
+    _take_the_models_tokenizer(raw, origins)
     config = _validate(raw, problems)
     return Loaded(config, _origins(config, origins))
+
+
+def _take_the_models_tokenizer(raw: dict[str, Any], origins: dict[str, str]) -> None:
+    """Unless the user names a tokenizer: a model that brings weights brings the tokenizer whose ids they know."""
+    model, data = raw.get("model"), raw.setdefault("data", {})
+    path = (model.get("path") or model.get("weights")) if isinstance(model, dict) else None
+    if not isinstance(path, str) or not isinstance(data, dict) or data.get("tokenizer") is not None:
+        return
+    folder = Path(path).expanduser()
+    for run in (folder, folder.parent.parent):  # a run, or RUN/checkpoints/step-N
+        if (run / "tokenizer" / "tokenizer.json").is_file() and not (folder / "config.json").is_file():
+            path = str(run / "tokenizer")
+            break
+    data["tokenizer"] = {"kind": "hf", "path": path}
+    origins |= {"data.tokenizer.kind": "model", "data.tokenizer.path": "model"}
 
 
 def to_yaml(config: Config) -> str:
@@ -98,10 +118,10 @@ def deciding(config: Config) -> dict[str, Any]:
         section = key.split(".", 1)[0]
         if section in _FREE_SECTIONS or key in _FREE_KEYS or key.endswith(".hint"):
             continue
-        if section == "train" and key not in _BATCH_KEYS:
+        if section == "train" and key not in _DECIDING_TRAIN_KEYS:
             continue
         chosen[key] = value
-    if config.train.global_batch is not None:
+    if config.train.global_batch is not None or config.train.batch_tokens is not None:
         del chosen["train.micro_batch"], chosen["train.accumulation"]
     return chosen
 
@@ -133,7 +153,10 @@ def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from leaves(item, f"{prefix}{name}.{index}.")
         elif isinstance(value, dict) and value:
             for key, item in value.items():
-                yield f"{prefix}{name}.{key}", item
+                if isinstance(item, Section):
+                    yield from leaves(item, f"{prefix}{name}.{key}.")
+                else:
+                    yield f"{prefix}{name}.{key}", item
         else:
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
@@ -372,6 +395,6 @@ def _origins(config: Config, given: dict[str, str]) -> dict[str, str]:
     origins: dict[str, str] = {}
     for key, _ in leaves(config):
         sources = {origin for k, origin in given.items() if k == key or k.startswith(key + ".")}
-        order = ("command line", "derived", "file")
+        order = ("command line", "derived", "model", "file")
         origins[key] = next((origin for origin in order if origin in sources), "default")
     return origins

@@ -14,6 +14,7 @@ Scalar = bool | int | float | str | None
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -28,11 +29,13 @@ class ModelConfig(Section):
     """The model: exactly one of `type`, `path` and `spec`."""
 
     type: str | None = None
-    """A causal language model of transformers by its `model_type` (llama, qwen3, gpt2, ...), with random weights."""
+    """A model of transformers by its `model_type` (llama, gpt2, bert, t5, bart, ...), with random weights and the head that `task.kind` needs."""
     sizes: dict[str, Scalar | list[Scalar]] = {}
     """Values for the model's own transformers config (hidden_size, num_hidden_layers, ...), strictly checked. With `path`, they change the loaded config."""
     path: str | None = None
-    """A local folder or a hub name with weights in safetensors."""
+    """What to start from: a local folder or a hub name with weights in safetensors, or a run or checkpoint of distllm. A head that differs is made anew, and told."""
+    weights: str | None = None
+    """For `type` and `spec`: take the weights of this model folder, run or checkpoint wherever name and shape agree; what is new or left over is told."""
     spec: str | None = None
     """The import path, `package.module:function`, of a function that returns a ModelSpec: a module of your own."""
     spec_args: dict[str, Scalar | list[Scalar]] = {}
@@ -41,21 +44,122 @@ class ModelConfig(Section):
     """Run the Python code that comes with a hub model. Off unless you ask for it."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention kernel of a transformers model; auto is sdpa where the family has it."""
+    dropout: Share | None = None
+    """Sets every dropout probability of a transformers model, under whatever names the family has; null keeps the config's own."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    """The adapter's product is scaled by alpha / rank."""
+    dropout: Share = 0.0
+    targets: list[str] = []
+    """Last parts of the names of the linear layers to adapt (q_proj, v_proj); empty: those of attention."""
+
+
+class TuneConfig(Section):
+    """Which weights of a model learn, and how fast."""
+
+    train: Literal["all", "head", "top", "lora"] = "all"
+    """all weights; only the head (what the task adds to the body); top: the head and the last `top_blocks` blocks; lora: adapters, and the head of a classifier."""
+    top_blocks: Positive = 1
+    """For top: how many of the last blocks learn."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Layer-wise decay of the learning rate: a block k below the head learns at lr * layer_decay ** k, the embeddings below the first block."""
+    lora: LoraConfig = LoraConfig()
+
+
+class HeadConfig(Section):
+    """One task of several that share a body."""
+
+    kind: Literal["classification", "regression", "masked_lm"] = "classification"
+    labels: list[str] = []
+    """For classification: the labels in their order; empty: those of the training data, sorted."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """The weight of a sample of this task in the loss. How often the task is drawn is its sources' `weight`."""
+
+
+class TaskConfig(Section):
+    """What the model learns to do."""
+
+    kind: Literal[
+        "causal_lm", "masked_lm", "translation_lm", "seq2seq", "classification", "regression", "sft", "multi_task"
+    ] = "causal_lm"
+    """causal_lm: the next token. masked_lm: hidden tokens of packed text. translation_lm: hidden tokens of joined pairs. seq2seq: a target text by an encoder-decoder. classification, regression: a label or number of a text or a pair. sft: the response to a prompt, or the assistant's turns of a chat. multi_task: a shared body with a head for each of `tasks`."""
+    labels: list[str] = []
+    """For classification: the labels in their order; empty: those of the training data, sorted."""
+    label_smoothing: Share = 0.0
+    """Spreads this share of the target's probability over all classes or tokens (Szegedy et al. 2015, arXiv 1512.00567). Validation losses are told without it."""
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """For masked_lm and translation_lm: the share of tokens to predict."""
+    mask_token: Fraction = 0.8
+    """Of those, the share that becomes the mask token."""
+    random_token: Fraction = 0.1
+    """Of those, the share that becomes a random token; the rest stays as it is (Devlin et al. 2018, arXiv 1810.04805)."""
+    masking: Literal["dynamic", "static"] = "dynamic"
+    """dynamic: another mask in each epoch (Liu et al. 2019, arXiv 1907.11692). static: one mask a sample for the whole run."""
+    whole_words: bool = False
+    """Mask all tokens of a word together."""
+    tasks: dict[str, HeadConfig] = {}
+    """For multi_task: the tasks by name; a source names its task in `task`."""
+    metrics: list[str] = []
+    """What to measure besides what fits the task at no cost: bleu, chrf (both write translations of the validation set, which takes time)."""
+
+
+class DistillConfig(Section):
+    """Learn from a teacher's output too (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    teacher: str | None = None
+    """A run, a checkpoint or a model folder: frozen, laid out like the student. Unset: no distillation."""
+    temperature: Annotated[float, Field(gt=0.0)] = 2.0
+    alpha: Fraction = 0.5
+    """The loss is (1 - alpha) * task + alpha * temperature ** 2 * KL(teacher, student)."""
+    hidden: Annotated[float, Field(ge=0.0)] = 0.0
+    """The weight of the squared distance between the hidden states of matched blocks; 0 does not match them."""
+
+
+class DecodeConfig(Section):
+    """How an encoder-decoder writes."""
+
+    beams: Positive = 4
+    """The width of the beam search; 1 is greedy."""
+    length_penalty: Annotated[float, Field(ge=0.0)] = 1.0
+    """A hypothesis' log probability is divided by its length ** length_penalty."""
+    max_tokens: Positive = 128
+    """Tokens of an output at most."""
 
 
 class SourceConfig(Section):
     """One source of text or tokens."""
 
-    kind: Literal["embedded", "text", "jsonl", "csv", "parquet", "hub", "tokens"] = "embedded"
-    """embedded: the source code of the running Python's standard library. tokens: a Megatron .bin/.idx pair, already tokenised."""
+    kind: Literal["embedded", "text", "jsonl", "csv", "tsv", "parquet", "hub", "parallel", "tokens"] = "embedded"
+    """embedded: the source code of the running Python's standard library. tsv: a table with tabs, without quoting. parallel: two text files, line by line. tokens: a Megatron .bin/.idx pair, already tokenised."""
     path: str | None = None
     """A path, a glob, or a hub name; for tokens the path without `.bin`. Relative to the working folder."""
+    target_path: str | None = None
+    """For parallel: the file whose line n is the target of line n of `path`."""
     name: str | None = None
     """For hub: the name of the data set's configuration."""
     split: str = "train"
     """For hub: the split to read."""
     column: str = "text"
-    """For jsonl, csv, parquet and hub: the column that holds the text."""
+    """For tables (jsonl, csv, tsv, parquet, hub): the column that holds the text, or the prompt."""
+    pair_column: str | None = None
+    """For tables: the column of the second text of a pair."""
+    label_column: str = "label"
+    """For tables: the column of the label (classification) or number (regression)."""
+    target_column: str = "target"
+    """For tables: the column of the target text (seq2seq, translation_lm) or the response (sft)."""
+    messages_column: str | None = None
+    """For sft in jsonl and parquet: the column of a chat, a list of {role, content}; then `column` and `target_column` are not read."""
+    names: list[str] = []
+    """For csv and tsv without a header line: the names of the columns."""
+    prefix: str = ""
+    """Put before every text, as T5 names its task."""
+    task: str | None = None
+    """For multi_task: which of `task.tasks` this source is for."""
     document: Literal["file", "line", "paragraph"] = "file"
     """For text: what one document is. A paragraph ends at an empty line."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
@@ -77,6 +181,51 @@ class TokenizerConfig(Section):
     """For bpe: how many bytes of text to learn the merges from, at most."""
 
 
+class CleanConfig(Section):
+    """Cleaning of texts before they are tokenised; off unless asked for."""
+
+    unicode: Literal["none", "NFC", "NFKC", "NFD", "NFKD"] = "none"
+    """The Unicode normal form."""
+    control: bool = False
+    """Drop control characters but tab and newline, and zero-width ones."""
+    whitespace: bool = False
+    """Make every run of white space one space, and trim the ends."""
+    html: bool = False
+    """Drop tags, scripts and styles, and resolve entities."""
+
+
+class DedupConfig(Section):
+    """Removal of repeated examples or documents from the training sources."""
+
+    exact: bool = False
+    """Keep the first of equal texts (after cleaning; the pair or target counts as part of the text)."""
+    near: Fraction = 0.0
+    """Also drop a text whose words, in runs of `ngram`, overlap an earlier one's by at least this Jaccard similarity (MinHash, Broder 1997); 0 does not."""
+    ngram: Positive = 3
+    """Words of one run."""
+
+
+class AugmentConfig(Section):
+    """Changes of training texts, each a pure function of (seed, sample, epoch); a probability of 0 is off."""
+
+    delete: Share = 0.0
+    """The probability that a token is dropped; at least one stays."""
+    swap: Share = 0.0
+    """The probability that a token changes places with its right neighbour."""
+    insert: Share = 0.0
+    """The probability that a random token of the same text is put after a token."""
+    mask: Share = 0.0
+    """The probability that a token becomes the mask token."""
+    synonym: Share = 0.0
+    """The probability that a word which `synonyms` lists becomes one of its synonyms."""
+    synonyms: str | None = None
+    """A file of synonyms: a line `word<TAB>synonym<TAB>synonym...`."""
+    back_translation: Fraction = 0.0
+    """The probability that a text is replaced by its translation back and forth (a classifier's text), or a source by the translation of its target (seq2seq)."""
+    translators: list[str] = []
+    """The runs or model folders that translate, applied one after another: there and back for a classifier, target to source for seq2seq."""
+
+
 class ValidationConfig(Section):
     """The held-out part: a pure function of the seed."""
 
@@ -95,8 +244,15 @@ class DataConfig(Section):
     """Where text comes from; several make a weighted mixture."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation: ValidationConfig = ValidationConfig()
+    clean: CleanConfig = CleanConfig()
+    dedup: DedupConfig = DedupConfig()
+    augment: AugmentConfig = AugmentConfig()
     seq_len: Positive = 256
-    """Tokens of one sample."""
+    """Tokens of one sample; of an example (a labelled text, a sentence pair) the most tokens of its input, or of its target."""
+    truncate: Literal["refuse", "head", "tail", "middle", "window"] = "refuse"
+    """What becomes of an example that is longer: it is refused before training; its head, its tail, or its head and tail (the middle falls out) are kept; or it is cut into overlapping windows, whose predictions are averaged."""
+    stride: Positive = 64
+    """For window: tokens that a window shares with the one before."""
     cross_documents: bool = True
     """Whether attention may look across document boundaries inside a packed sample."""
     shuffle: bool = True
@@ -202,6 +358,22 @@ class TrainConfig(Section):
     """Micro-batches a rank adds up before it updates the weights; auto follows from global_batch, else 1."""
     global_batch: Positive | None = None
     """Samples of one optimizer step over all ranks: micro_batch x accumulation x data-parallel size. Unset: it follows."""
+    batch_tokens: Positive | None = None
+    """For examples: instead of a fixed number of samples, a step takes samples of about equal length whose tokens, padding included, are at most this many over all ranks."""
+    batch_ramp: NonNegative = 0
+    """Samples over which the global batch grows, in whole micro-batches, from one micro-batch a rank to global_batch; 0 begins with the whole one."""
+    seq_ramp: NonNegative = 0
+    """For packed text: samples over which the length grows from `seq_ramp_from` to data.seq_len, by powers of two; a long sample is cut into several rows, so no token is lost. 0 begins with the whole length."""
+    seq_ramp_from: Positive = 64
+    """The length that the ramp begins with; data.seq_len must be a power of two times it."""
+    ema: Share = 0.0
+    """Keep an exponential moving average of the weights with this decay; evaluation, prediction and export use it. 0 keeps none."""
+    patience: NonNegative = 0
+    """Stop when `best_metric` has not improved for this many evaluations; 0 does not stop early."""
+    best_metric: str = "val_loss"
+    """The validation metric by which the best checkpoint is chosen, kept and named `checkpoints/best`."""
+    keep_best: bool = False
+    """Save a checkpoint whenever `best_metric` improves, and keep the best; `patience` turns it on."""
     max_skips: Positive = 10
     """Steps in a row with a loss or gradient that is not finite after which the run stops."""
     log_every: Positive = 10
@@ -250,6 +422,8 @@ class TrackConfig(Section):
     project: str = "distllm"
     entity: str | None = None
     tags: list[str] = []
+    noise_scale: bool = False
+    """Report the gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162), in samples: the batch size up to which more is nearly free. Needs an accumulation of at least 2."""
 
 
 class Config(Section):
@@ -265,7 +439,11 @@ class Config(Section):
     """auto: continue the newest good checkpoint of this run's folder if there is one. never: refuse a folder that holds a run. Else the path of a checkpoint or run to start from."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU."""
+    task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig(type="llama")
+    tune: TuneConfig = TuneConfig()
+    distill: DistillConfig = DistillConfig()
+    decode: DecodeConfig = DecodeConfig()
     data: DataConfig = DataConfig()
     layout: LayoutConfig = LayoutConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -6,10 +6,13 @@ from distllm.config.errors import ConfigError
 from distllm.config.kinds import shown
 from distllm.config.schema import Config
 
+OURS = "distllm.models."
+"""Modules that come with distllm."""
+
 
 def own_code(config: Config) -> str | None:
     """The key and value by which a config runs code of its own; None where it runs none."""
-    if config.model.spec is not None:
+    if config.model.spec is not None and not config.model.spec.startswith(OURS):
         return f"model.spec={shown(config.model.spec)}"
     if config.model.trust_remote_code:
         return f"model.trust_remote_code=true with model.path={shown(config.model.path)}"

@@ -10,23 +10,36 @@ from collections.abc import Iterator
 from typing import Any
 
 from distllm.config.errors import DataError
+from distllm.data.clean import clean, cleans
 from distllm.data.source import Piece, Shard
+from distllm.data.table import BOM, cell_rows, reason
 
 ROWS = 1000  # rows that `datasets` hands over at once
 PARAGRAPHS = re.compile(r"\n[ \t\r]*\n")
-BOM = "\ufeff"
 
 
 def documents(shard: Shard) -> Iterator[str]:
-    """The documents of a shard in order; empty ones are left out.
+    """The documents of a shard in order, cleaned; empty ones and those that repeat an earlier one are left out.
 
     Raises:
         DataError: a file is binary, is not UTF-8, has a line that does not parse, or lacks the column; with file and line.
     """
+    texts = _uncleaned(shard)
+    if cleans(shard.clean):
+        texts = (text for text in (clean(t, shard.clean) for t in texts) if text.strip())
+    if shard.dropped:
+        texts = (text for number, text in enumerate(texts) if number not in shard.dropped)
+    return texts
+
+
+def _uncleaned(shard: Shard) -> Iterator[str]:
     if shard.kind == "table":
         yield from _rows(shard)
         return
     for piece in shard.pieces:
+        if shard.kind in ("tsv", "csv"):
+            yield from _cells(piece.path, shard)
+            continue
         text = read_text(piece)
         if shard.kind == "jsonl":
             yield from _json_lines(text, piece, shard.column)
@@ -100,17 +113,29 @@ def _json_line(line: str, piece: Piece, column: str, text: str, position: int) -
         return
     if not isinstance(value, str):
         raise DataError(f"{where()}: column {column!r} holds a {type(value).__name__}, not text; set the source's `column`")
-    if not value.isascii() and not _is_unicode(value):
+    if not value.isascii() and not is_unicode(value):
         raise DataError(f"{where()}: column {column!r} holds half of a surrogate pair (\\ud800 to \\udfff), no character")
     yield value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _cells(file: str, shard: Shard) -> Iterator[str]:
+    """The texts of a column of a tsv file, or of a csv file without a header line."""
+    for _, line, values in cell_rows(file, kind=shard.kind, names=shard.names):
+        if shard.column not in values:
+            tip = "" if shard.names else ", or for a file without a header line its `names`"
+            where = f"{file}, line {line}: no column {shard.column!r}; the columns are {_names(values)}"
+            raise DataError(f"{where}; set the source's `column`{tip}")
+        if values[shard.column]:
+            yield values[shard.column]
 
 
 def _names(row: Any) -> str:
@@ -140,12 +165,7 @@ def _rows(shard: Shard) -> Iterator[str]:
     except (DataError, OSError, MemoryError):
         raise
     except Exception as error:  # pandas, pyarrow and datasets have no common error class
-        raise DataError(f"{where}: cannot be read as {shard.builder} after row {number} ({_reason(error)})") from None
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+        raise DataError(f"{where}: cannot be read as {shard.builder} after row {number} ({reason(error)})") from None
 
 
 def open_table(shard: Shard, *, hint: str | None) -> Any:
@@ -166,4 +186,4 @@ def open_table(shard: Shard, *, hint: str | None) -> Any:
             )
         except Exception as error:  # the hub, fsspec and pyarrow have no common error class
             more = f"; {hint}" if hint else ""
-            raise DataError(f"{where}: cannot be opened as a data set ({_reason(error)}){more}") from None
+            raise DataError(f"{where}: cannot be opened as a data set ({reason(error)}){more}") from None

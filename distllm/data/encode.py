@@ -115,7 +115,7 @@ def _table(facts: dict[str, Any], eos_id: int) -> Callable[[str], np.ndarray] | 
         return None
     ids = np.full(0x110000, vocab[model["unk_token"]], dtype=np.uint32)
     for token, number in vocab.items():
-        if number != eos_id:
+        if number != eos_id and len(token) == 1:  # the other special tokens
             ids[ord(token)] = number
     return lambda text: ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
 

@@ -49,6 +49,15 @@ def _round_keys(key: int) -> tuple[np.uint64, ...]:
     return tuple(np.uint64(key_of(key, round_)) for round_ in range(ROUNDS))
 
 
+def keys_of(*parts: int | np.ndarray) -> np.ndarray:
+    """`key_of` for many tuples at once: each part one integer, or int64 or uint64 [n]; uint64 [n]."""
+    key = np.zeros(max(np.size(part) for part in parts), dtype=np.uint64)
+    for part in parts:
+        word = part.astype(np.uint64) if isinstance(part, np.ndarray) else np.uint64(part & WORD)
+        key = mix(key ^ word)
+    return key
+
+
 def permute(index: np.ndarray, *, size: int, key: int) -> np.ndarray:
     """Apply the permutation of [0, size) that `key` names.
 
@@ -99,17 +108,22 @@ class Order:
             The source of each, int64 [n], and its sample within that source, int64 [n]. In every block of samples (1,024
             unless a weight is below 0.002) each source has its exact share, to one sample over the whole run so far.
         """
+        source, sample, _ = self.where(index)
+        return source, sample
+
+    def where(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `locate`, and the epoch of each sample's source, int64 [n]."""
         source, ordinal = self._source(index)
-        sample = np.empty_like(ordinal)
+        sample, epoch = np.empty_like(ordinal), np.empty_like(ordinal)
         for k, size in enumerate(self.sizes):
             mine = np.flatnonzero(source == k) if len(self.sizes) > 1 else slice(None)
-            epoch, within = np.divmod(ordinal[mine], size)
+            passed, within = np.divmod(ordinal[mine], size)
             if self.shuffle:
-                for e in sorted(set(epoch.tolist())):
-                    at = epoch == e
+                for e in sorted(set(passed.tolist())):
+                    at = passed == e
                     within[at] = permute(within[at], size=size, key=key_of(self.seed, k, e))
-            sample[mine] = within
-        return source, sample
+            sample[mine], epoch[mine] = within, passed
+        return source, sample, epoch
 
     @property
     def block(self) -> int:
@@ -166,6 +180,24 @@ def hash_documents(documents: int, *, seed: int, first: int = 0) -> np.ndarray:
     """A 64-bit hash of each document number in [first, first + documents): uint64 [documents]."""
     numbers = np.arange(first, first + documents, dtype=np.uint64)
     return mix(mix(numbers) ^ np.uint64(key_of(seed, -2)))
+
+
+def divided(count: int, *, fraction: float, seed: int) -> np.ndarray:
+    """`held_out` for a count that fits in memory; of two or more neither side is empty, bool [count]."""
+    side = held_out(count, fraction=fraction, seed=seed)
+    spare = lone(count, fraction=fraction, seed=seed)
+    if spare is not None:
+        side[spare] = not side[spare]
+    return side
+
+
+def lone(count: int, *, fraction: float, seed: int) -> int | None:
+    """The document to move to the other side, if the hash left one side empty: the one with the smallest or largest hash."""
+    side = held_out(count, fraction=fraction, seed=seed)
+    if count < 2 or not 0 < fraction < 1 or side.any() != side.all():
+        return None
+    hashes = hash_documents(count, seed=seed)
+    return int(hashes.argmax() if side.all() else hashes.argmin())
 
 
 def proportions(weights: Sequence[float]) -> np.ndarray:

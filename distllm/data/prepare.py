@@ -1,9 +1,10 @@
 """Text to a token store: in parallel, restartable, and the same bytes whatever the number of workers.
 
 A prepared folder, `data.store`/DIGEST, holds `meta.json`, `tokenizer/` and a store for each text source: `train-000.bin`,
-`train-000.idx`, ..., `validation-000.bin`, ... DIGEST is of the sources' content, the tokenizer's settings and this format,
-so a changed text or tokenizer is another folder. It is made in `.preparing-DIGEST` under a lock and renamed when whole: a
-folder with its final name is complete. What a killed run finished is used by the next.
+`train-000.idx`, ..., `validation-000.bin`, ..., or for a task of examples a folder `train-000/` of stores (prepare_examples.py).
+DIGEST is of the sources' content, the tokenizer's settings and this format, so a changed text or tokenizer is another folder.
+It is made in `.preparing-DIGEST` under a lock and renamed when whole: a folder with its final name is complete. What a killed
+run finished is used by the next.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,32 @@ from distllm.config.errors import DataError
 from distllm.config.machine import flush
 from distllm.config.schema import Config, SourceConfig, TokenizerConfig
 from distllm.data.bar import Bar
+from distllm.data.clean import cleans
+from distllm.data.dedup import Repeats, drops
 from distllm.data.documents import documents
 from distllm.data.encode import agrees_on, load_encoder
+from distllm.data.example_store import ExampleStore
 from distllm.data.order import key_of, permute
+from distllm.data.prepare_examples import (
+    Translate,
+    content_facts,
+    is_examples,
+    make_examples,
+    open_examples,
+    training_texts,
+)
 from distllm.data.source import Shard, Source, open_source
 from distllm.data.store import TokenStore, bin_path, dtype_for, idx_path, largest_id, write_index
+from distllm.data.survey import Labels, survey
 from distllm.data.tokenise import Task, ids_path, lengths_path, tokenise_all
 from distllm.data.tokenizer import folder_digest, make_tokenizer, spec_digest
 
 FORMAT = 1  # raise it when the same text would give other bytes
 SAMPLE_CHARACTERS = 200_000  # on which the fast encoder is compared with `tokenizers` before it is used
+# Settings of a source that came after stores were made: at their defaults they are not in the recipe of a store.
+LATER = (
+    "target_path", "pair_column", "label_column", "target_column", "messages_column", "names", "prefix", "task",
+)  # fmt: skip
 log = logging.getLogger("distllm.data")
 
 
@@ -50,6 +68,12 @@ class Prepared:
     tokenizer_folder: Path
     vocab_size: int
     digest: str
+    examples: tuple[ExampleStore, ...] = ()
+    """For a task of examples, in place of `stores`."""
+    validation_examples: tuple[ExampleStore, ...] = ()
+    """Those of data.validation.sources; empty if validation is held out of the training examples."""
+    labels: Labels = field(default_factory=dict)
+    """The label names of each task with a head, the only task being named ""; () where the head gives a number or tokens."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +90,13 @@ class _Plan:
     digest: str
 
 
-def prepare(config: Config, *, progress: bool = False) -> Prepared:
-    """Make the tokenizer and the token stores of a config, unless they are there.
+def prepare(config: Config, *, progress: bool = False, translate: Translate | None = None) -> Prepared:
+    """Make the tokenizer and the stores of a config, unless they are there.
 
     Args:
-        config: its `data` part decides; `data.workers` processes tokenise.
+        config: its `task` and `data` parts decide; `data.workers` processes tokenise packed text.
         progress: show a bar on a terminal, or lines now and then in the log.
+        translate: texts to their translations by data.augment.translators, for data.augment.back_translation.
 
     Raises:
         DataError: a source or tokenizer cannot be used.
@@ -85,7 +110,7 @@ def prepare(config: Config, *, progress: bool = False) -> Prepared:
         plan.folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(plan.folder.with_name(f".lock-{plan.digest}")):
             if not meta.is_file():
-                _make(plan, config, staging, progress=progress)
+                _make(plan, config, staging, progress=progress, translate=translate)
     shutil.rmtree(staging, ignore_errors=True)  # also what a run left that was killed after the rename
     return _open(plan, config)
 
@@ -111,20 +136,38 @@ def _plan(config: Config) -> _Plan:
     named += [(f"validation-{i:03d}", s) for i, s in enumerate(data.validation.sources)]
     if not data.sources:
         raise DataError("data.sources: is empty; give at least one source")
-    splittable = data.tokenizer.kind != "hf"
-    sources = {name: open_source(s, splittable=splittable) for name, s in named if s.kind != "tokens"}
-    settings = [(name, s.model_dump(exclude={"weight", "hint"})) for name, s in named]
-    recipe = _digest({"format": FORMAT, "sources": settings, "tokenizer": spec_digest(data.tokenizer)})
+    roles = config.task.kind != "causal_lm"
+    tokenizer = spec_digest(data.tokenizer, roles=roles)
+    facts: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer}
+    facts |= {"clean": data.clean.model_dump()} if cleans(data.clean) else {}
+    facts |= {"dedup": data.dedup.model_dump()} if drops(data.dedup) else {}
+    settings = [(name, _settings(s)) for name, s in named]
+    place = Path(data.store)
+    if is_examples(config):
+        example_facts = content_facts(config, named)
+        recipe = _digest({**facts, "sources": settings, "task": config.task.kind})
+        digest = _digest({**facts, **example_facts})
+        return _Plan(tuple(named), {}, place / digest, recipe, digest)
+    # A text that is cleaned is read whole, as a tag or a run of white space may lie across a cut, and so is a repeated one.
+    splittable = data.tokenizer.kind != "hf" and not cleans(data.clean) and not drops(data.dedup)
+    sources = {name: open_source(s, splittable=splittable, clean=data.clean) for name, s in named if s.kind != "tokens"}
+    recipe = _digest({**facts, "sources": settings})
     # Where a text lies does not matter; what it is, and how it is cut into documents, does.
     content = [
         (
             name, s.kind, "" if s.kind in ("embedded", "text", "tokens") else s.column, s.document if s.kind == "text" else "",
-            sources[name].fingerprint if name in sources else _pair(s),
+            sources[name].fingerprint if name in sources else _pair(s), *([s.names] if s.names else []),
         )
         for name, s in named
     ]  # fmt: skip
-    digest = _digest({"format": FORMAT, "sources": content, "tokenizer": spec_digest(data.tokenizer)})
-    return _Plan(tuple(named), sources, Path(data.store) / digest, recipe, digest)
+    digest = _digest({**facts, "sources": content})
+    return _Plan(tuple(named), sources, place / digest, recipe, digest)
+
+
+def _settings(source: SourceConfig) -> dict[str, Any]:
+    usual = SourceConfig()
+    later = {key for key in LATER if getattr(source, key) == getattr(usual, key)}
+    return source.model_dump(exclude={"weight", "hint"} | later)
 
 
 def _digest(facts: dict[str, Any]) -> str:
@@ -170,18 +213,54 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(plan: _Plan, config: Config, staging: Path, *, progress: bool) -> None:
+def _make(plan: _Plan, config: Config, staging: Path, *, progress: bool, translate: Translate | None) -> None:
     """Make the folder of a plan in `staging`, as far as it is not there yet, and rename it."""
     final = staging / "final"
     shutil.rmtree(final, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
     final.mkdir()
+    if is_examples(config):
+        meta = _make_examples(plan, config, staging, progress=progress, translate=translate)
+    else:
+        meta = _make_packed(plan, config, staging, progress=progress)
+    tokenizer = staging / "tokenizer"
+    shutil.copytree(tokenizer, final / "tokenizer")
+    facts = {"format": FORMAT, "digest": plan.digest, "recipe": plan.recipe, "vocab_size": meta["vocab_size"]}
+    facts |= {"tokenizer": folder_digest(tokenizer), **meta}
+    _write_flushed(final / "meta.json", json.dumps(facts, indent=1))
+    final.rename(plan.folder)
+    flush(plan.folder.parent)
+
+
+def _make_examples(
+    plan: _Plan, config: Config, staging: Path, *, progress: bool, translate: Translate | None
+) -> dict[str, Any]:
+    """Make the tokenizer and the stores of a task of examples and say what is for meta.json."""
+    found = survey(config, plan.configs)
     tokenizer = staging / "tokenizer"
     if not tokenizer.is_dir():
         log.info("making the tokenizer")
-        make_tokenizer(config.data.tokenizer, _learn_from(plan, config.data.tokenizer), tokenizer)
+        texts = training_texts(config, plan.configs, found)
+        limit = config.data.tokenizer.train_bytes if config.data.tokenizer.kind == "bpe" else sys.maxsize
+        make_tokenizer(config.data.tokenizer, _clip(texts, limit), tokenizer, roles=True)
+    vocab_size = load_encoder(tokenizer, fast=False).vocab_size
+    stores = make_examples(
+        config, plan.configs, found, tokenizer=tokenizer, staging=staging, final=staging / "final", translate=translate,
+        progress=progress,
+    )  # fmt: skip
+    return {"vocab_size": vocab_size, "labels": found.labels, "stores": stores}
+
+
+def _make_packed(plan: _Plan, config: Config, staging: Path, *, progress: bool) -> dict[str, Any]:
+    """Make the tokenizer and the token stores of packed text and say what is for meta.json."""
+    final, tokenizer = staging / "final", staging / "tokenizer"
+    sources = _without_repeats(plan, config) if drops(config.data.dedup) else plan.sources
+    if not tokenizer.is_dir():
+        log.info("making the tokenizer")
+        texts = _learn_from(sources, config.data.tokenizer)
+        make_tokenizer(config.data.tokenizer, texts, tokenizer, roles=config.task.kind != "causal_lm")
     encoder = load_encoder(tokenizer)
-    sample = list(_clip(_spread(plan.sources.values(), seed=1), SAMPLE_CHARACTERS))
+    sample = list(_clip(_spread(sources.values(), seed=1), SAMPLE_CHARACTERS))
     fast = agrees_on(encoder, tokenizer, sample)
     if encoder.reason or not fast:
         reason = encoder.reason or f"{encoder.method} gives other ids on this text"
@@ -191,19 +270,32 @@ def _make(plan: _Plan, config: Config, staging: Path, *, progress: bool) -> None
             Task(shard, staging / f"{name}-{i:05d}", tokenizer, folder_digest(tokenizer), dtype_for(encoder.vocab_size), fast)
             for i, shard in enumerate(source.shards)
         ]
-        for name, source in plan.sources.items()
+        for name, source in sources.items()
     }
     _tokenise(tasks, workers=config.data.workers, progress=progress)
-    stores = {name: _merge(parts, final / name, label=plan.sources[name].label) for name, parts in tasks.items()}
+    stores = {name: _merge(parts, final / name, label=sources[name].label) for name, parts in tasks.items()}
     stores |= {name: _examine(s, encoder.vocab_size) for name, s in plan.configs if s.kind == "tokens"}
-    shutil.copytree(tokenizer, final / "tokenizer")
-    meta = {
-        "format": FORMAT, "digest": plan.digest, "recipe": plan.recipe, "vocab_size": encoder.vocab_size,
-        "tokenizer": folder_digest(tokenizer), "tokenised_by": encoder.method if fast else "tokenizers", "stores": stores,
-    }  # fmt: skip
-    _write_flushed(final / "meta.json", json.dumps(meta, indent=1))
-    final.rename(plan.folder)
-    flush(plan.folder.parent)
+    tokenised_by = encoder.method if fast else "tokenizers"
+    return {"vocab_size": encoder.vocab_size, "tokenised_by": tokenised_by, "stores": stores}
+
+
+def _without_repeats(plan: _Plan, config: Config) -> dict[str, Source]:
+    """The sources, the training ones without the documents that repeat an earlier one of any of them.
+
+    All training documents are read once more for it, in this process, as what repeats depends on all before it.
+    """
+    repeats, found = Repeats(config.data.dedup), dict(plan.sources)
+    for name, source in plan.sources.items():
+        if not name.startswith("train"):
+            continue
+        shards, dropped, count = [], 0, 0
+        for shard in source.shards:
+            again = [repeats.seen(text) for text in documents(shard)]
+            shards.append(replace(shard, dropped=frozenset(i for i, repeated in enumerate(again) if repeated)))
+            dropped, count = dropped + sum(again), count + len(again)
+        log.info("%s: %d of %d documents repeat an earlier one and are dropped", source.label, dropped, count)
+        found[name] = replace(source, shards=tuple(shards))
+    return found
 
 
 def _tokenise(tasks: dict[str, list[Task]], *, workers: int, progress: bool) -> None:
@@ -261,11 +353,11 @@ def _spread(sources: Any, *, seed: int) -> Iterator[str]:
         yield from documents(shards[int(i)])
 
 
-def _learn_from(plan: _Plan, config: TokenizerConfig) -> Iterator[str]:
+def _learn_from(sources: Mapping[str, Source], config: TokenizerConfig) -> Iterator[str]:
     """The documents a tokenizer learns from: for chars all, for bpe `train_bytes` of the training sources."""
     if config.kind == "chars":
-        return _spread(plan.sources.values(), seed=0)
-    training = [s for name, s in plan.sources.items() if name.startswith("train")]
+        return _spread(sources.values(), seed=0)
+    training = [s for name, s in sources.items() if name.startswith("train")]
     return _clip(_spread(training, seed=0), config.train_bytes)
 
 
@@ -297,6 +389,11 @@ def _open(plan: _Plan, config: Config) -> Prepared:
     folder = plan.folder / "tokenizer"
     if folder_digest(folder) != tokenizer:
         raise DataError(f"{folder}: not the tokenizer that made this store (it was changed since); {again}")
+    cut = len(config.data.sources)
+    if is_examples(config):
+        opened_examples = tuple(open_examples(plan.folder / name, config, source) for name, source in plan.configs)
+        labels = {task: tuple(names) for task, names in meta["labels"].items()}
+        return Prepared((), (), folder, vocab_size, plan.digest, opened_examples[:cut], opened_examples[cut:], labels)
     stores: dict[str, TokenStore] = {}
     for name, source in plan.configs:
         stores[name] = TokenStore.open(_prefix(source) if source.kind == "tokens" else plan.folder / name)
@@ -304,6 +401,5 @@ def _open(plan: _Plan, config: Config) -> Prepared:
         if found != [made[name]["documents"], made[name]["tokens"]]:
             binary = bin_path(stores[name].prefix)
             raise DataError(f"{binary}: {found[1]} tokens, but {made[name]['tokens']} were prepared; {again}")
-    cut = len(config.data.sources)
     opened = [stores[name] for name, _ in plan.configs]
     return Prepared(tuple(opened[:cut]), tuple(opened[cut:]), folder, vocab_size, plan.digest)

@@ -13,12 +13,12 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 from distllm.config.errors import DataError
-from distllm.config.schema import SourceConfig
+from distllm.config.schema import CleanConfig, SourceConfig
 
 SHARD_BYTES = 8 << 20  # about half a second of tokenising
 MOST_SHARDS = 4096  # a shard costs two small files while a store is being prepared
@@ -63,6 +63,12 @@ class Shard:
     """The first document began in the shard before."""
     unfinished: bool = False
     """The last document goes on in the next shard."""
+    names: tuple[str, ...] = ()
+    """For csv and tsv: the names of the columns where no header line has them."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    """How each document is cleaned."""
+    dropped: frozenset[int] = frozenset()
+    """Documents, by number from 0, that are left out because they repeat an earlier one."""
 
     @property
     def n_bytes(self) -> int:
@@ -83,30 +89,39 @@ class Source:
     """The bytes of its files, 0 if not known."""
 
 
-def open_source(source: SourceConfig, *, splittable: bool) -> Source:
+def open_source(source: SourceConfig, *, splittable: bool, clean: CleanConfig | None = None) -> Source:
     """Find the files of a source, check that they can be there, and cut it into shards.
 
     Args:
         source: any kind but `tokens`.
         splittable: whether a large text file may be cut at a newline without changing its ids.
+        clean: how each document is cleaned.
 
     Raises:
         DataError: there is no such file, or nothing in it.
     """
+    clean = clean or CleanConfig()
     if source.kind == "hub":
-        return _open_hub(source)
+        return _open_hub(source, clean=clean)
+    if source.kind == "parallel":
+        raise DataError(f"{source.path}: kind=parallel is for task.kind seq2seq, translation_lm and sft, not for packed text")
     files = embedded_files() if source.kind == "embedded" else find_files(source)
     sizes = [os.path.getsize(f) for f in files]
     label = "the standard library" if source.kind == "embedded" else str(source.path)
     if not sum(sizes):
         raise DataError(f"{label}: the file is empty" if len(files) == 1 else f"{label}: all {len(files)} files are empty")
-    if source.kind in ("csv", "parquet") or (source.kind == "jsonl" and any(map(_is_packed, files))):
+    if source.kind == "tsv" or (source.kind == "csv" and source.names):
+        plain = Shard(source.kind, column=source.column, names=tuple(source.names), clean=clean)
+        shards = [replace(plain, pieces=(Piece(f, 0, size),)) for f, size in zip(files, sizes, strict=True) if size]
+    elif source.kind in ("csv", "parquet") or (source.kind == "jsonl" and any(map(_is_packed, files))):
+        plain = Shard("table", column=source.column, builder=source.kind.replace("jsonl", "json"), clean=clean)
         shards = [
-            Shard("table", (Piece(f, 0, size),), column=source.column, builder=source.kind.replace("jsonl", "json"))
+            replace(plain, pieces=(Piece(f, 0, size),))
             for f, size in zip(files, sizes, strict=True) if size
         ]  # fmt: skip
     else:
-        shards = list(_cut(source, files, sizes, splittable=splittable))
+        plain = Shard(source.kind, document=_document(source), column=source.column, clean=clean)
+        shards = list(_cut(plain, files, sizes, splittable=splittable))
     return Source(label, tuple(shards), _fingerprint(files, sizes), sum(sizes))
 
 
@@ -154,13 +169,15 @@ def _is_packed(path: str) -> bool:
     return path.endswith((".gz", ".zst", ".bz2", ".xz"))
 
 
-def _cut(source: SourceConfig, files: Sequence[str], sizes: Sequence[int], *, splittable: bool) -> Iterator[Shard]:
-    """Group small files and cut large ones into shards of about SHARD_BYTES."""
+def _document(source: SourceConfig) -> str:
+    return "line" if source.kind == "jsonl" else source.document if source.kind == "text" else "file"
+
+
+def _cut(plain: Shard, files: Sequence[str], sizes: Sequence[int], *, splittable: bool) -> Iterator[Shard]:
+    """Group small files and cut large ones into shards, like `plain`, of about SHARD_BYTES."""
     target = max(SHARD_BYTES, sum(sizes) // MOST_SHARDS)
-    document = "line" if source.kind == "jsonl" else source.document if source.kind == "text" else "file"
-    whole_file = source.kind != "jsonl" and document == "file"
-    end = SAFE_CUT if whole_file else LINE_END if document == "line" else PARAGRAPH_END
-    plain = Shard(source.kind, document=document, column=source.column)
+    whole_file = plain.document == "file"
+    end = SAFE_CUT if whole_file else LINE_END if plain.document == "line" else PARAGRAPH_END
     group: list[Piece] = []
     for path, size in zip(files, sizes, strict=True):
         if size == 0:
@@ -215,13 +232,26 @@ def _fingerprint(files: Sequence[str], sizes: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def _open_hub(source: SourceConfig) -> Source:
+def fingerprint_files(files: Sequence[str]) -> str:
+    """A digest that changes when the content of the files may have changed.
+
+    Raises:
+        DataError: there is nothing in them.
+    """
+    sizes = [os.path.getsize(f) for f in files]
+    if not sum(sizes):
+        what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
+        raise DataError(f"{files[0]}: {what}")
+    return _fingerprint(files, sizes)
+
+
+def _open_hub(source: SourceConfig, *, clean: CleanConfig) -> Source:
     """A data set by hub name or folder, known by its name and revision: what the hub changes later is not noticed offline."""
     from distllm.data.documents import open_table
 
     if not source.path:
         raise DataError("data.sources: kind=hub needs the name of a data set in `path`")
-    plain = Shard("table", column=source.column, builder=source.path, name=source.name, split=source.split)
+    plain = Shard("table", column=source.column, builder=source.path, name=source.name, split=source.split, clean=clean)
     table = open_table(plain, hint=source.hint)
     count = min(int(table.num_shards), MOST_SHARDS)
     shards = tuple(replace(plain, index=i, count=count) for i in range(count))

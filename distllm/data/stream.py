@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from distllm.data.order import hash_documents, held_out
+from distllm.data.order import held_out, lone
 from distllm.data.store import TokenStore
 
 DOCUMENTS_AT_ONCE = 1 << 22
@@ -114,7 +114,7 @@ def split_by_document(store: TokenStore, *, fraction: float, seed: int) -> tuple
     side, the one with the smallest (largest) hash is moved.
     """
     count = store.n_documents
-    spare = _lone(count, fraction=fraction, seed=seed) if count <= 4096 else None
+    spare = lone(count, fraction=fraction, seed=seed) if count <= 4096 else None
     changes: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     last: bool | None = None
@@ -133,15 +133,6 @@ def split_by_document(store: TokenStore, *, fraction: float, seed: int) -> tuple
     length = np.diff(np.append(start, store.n_tokens))
     train, validation = (Stream(store, start[side == s], np.cumsum(length[side == s])) for s in (False, True))
     return train, validation
-
-
-def _lone(count: int, *, fraction: float, seed: int) -> int | None:
-    """The document to move to the other side, if the hash left one side empty."""
-    side = held_out(count, fraction=fraction, seed=seed)
-    if count < 2 or not 0 < fraction < 1 or side.any() != side.all():
-        return None
-    hashes = hash_documents(count, seed=seed)
-    return int(hashes.argmax() if side.all() else hashes.argmin())
 
 
 def _one(store: TokenStore, start: int, end: int) -> Stream:

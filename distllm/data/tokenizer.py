@@ -14,31 +14,84 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from distllm.config.errors import DataError
 from distllm.config.machine import reachable
-from distllm.config.schema import TokenizerConfig
+from distllm.config.roles import Roles
+from distllm.config.schema import Config, TokenizerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
+PAD, BEGIN, MASK = "<pad>", "<s>", "<mask>"
 log = logging.getLogger("distllm.data")
 
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+def roles_of(tokenizer: Any) -> Roles:
+    """The ids of a transformers tokenizer's special tokens by what they are for.
+
+    Raises:
+        DataError: the tokenizer marks no end.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer marks no end of a document; set its eos_token and save it again")
+    begin, separator = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return Roles(
+        eos=eos,
+        pad=tokenizer.pad_token_id,
+        begin=tokenizer.bos_token_id if begin is None else begin,
+        separator=eos if separator is None else separator,
+        mask=tokenizer.mask_token_id,
+    )
+
+
+def check_roles(roles: Roles, config: Config) -> None:
+    """Refuse a tokenizer that lacks a token which the task needs.
+
+    Args:
+        roles: of the run's tokenizer.
+        config: `task`, `data.augment` and `data.tokenizer` are read.
+
+    Raises:
+        DataError: there is no mask token or no padding token, and the task needs one.
+    """
+    task = config.task
+    masks = task.kind in ("masked_lm", "translation_lm") or any(head.kind == "masked_lm" for head in task.tasks.values())
+    pads = task.kind not in ("causal_lm", "sft", "masked_lm")  # those three are packed
+    what = None
+    if masks and roles.mask is None:
+        what = f"has no mask token, which task.kind={task.kind} needs"
+    elif config.data.augment.mask and roles.mask is None:
+        what = f"has no mask token, which data.augment.mask={config.data.augment.mask} needs"
+    elif pads and roles.pad is None:
+        what = f"has no padding token, which task.kind={task.kind} needs"
+    if what is None:
+        return
+    name = "mask_token" if "mask token" in what else "pad_token (of a decoder that classifies, its eos_token will do)"
+    choice = config.data.tokenizer
+    key = f"data.tokenizer.path={choice.path}" if choice.kind == "hf" else f"data.tokenizer.kind={choice.kind}"
+    raise DataError(f"{key}: {what}; set its {name} and save it again, or use data.tokenizer.kind=bpe")
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, roles: bool = False) -> Tokenizer:
     """Learn a byte-level BPE with GPT-2's pre-tokenizer; the same text gives the same merges whatever the threads.
 
     Args:
         texts: the documents to learn from.
         vocab_size: ids in all: the end-of-document token (0), the 256 bytes and the merges; fewer if the text is small.
+        roles: also tokens for padding (1), the beginning (2) and the mask (3).
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD, BEGIN, MASK] if roles else [EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     found = tokenizer.get_vocab_size()
@@ -47,8 +100,8 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def chars(texts: Iterable[str]) -> Tokenizer:
-    """One id a character seen, in the order of code points, and the end-of-document token last.
+def chars(texts: Iterable[str], *, roles: bool = False) -> Tokenizer:
+    """One id a character seen, in the order of code points, then the end-of-document token, then those of `roles`.
 
     A character that was never seen becomes the end-of-document token, as in GPT-2's tokenizer, which has no other.
     """
@@ -59,7 +112,7 @@ def chars(texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({**vocab, EOS: len(vocab)}, unk_token=EOS))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    tokenizer.add_special_tokens(_specials(roles))
     return tokenizer
 
 
@@ -70,23 +123,42 @@ def byte_letters() -> list[str]:
     return [chr(b) if b in set(visible) else chr(next(hidden)) for b in range(256)]
 
 
-def bytes_() -> Tokenizer:
-    """The id of a byte is its value; 256 is the end-of-document token."""
+def bytes_(*, roles: bool = False) -> Tokenizer:
+    """The id of a byte is its value; 256 is the end-of-document token, 257 to 259 are those of `roles`."""
     vocab = {letter: i for i, letter in enumerate(byte_letters())}
     tokenizer = Tokenizer(models.BPE({**vocab, EOS: 256}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    tokenizer.add_special_tokens(_specials(roles))
     return tokenizer
 
 
-def wrap(tokenizer: Tokenizer, *, has_unknown: bool) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers knows it; decoding gives back the text as it was."""
+def _specials(roles: bool) -> list[AddedToken]:
+    """Special tokens in the order of their ids; those that the vocabulary lacks get the ids after it."""
+    return [AddedToken(token, special=True, normalized=False) for token in ([EOS, PAD, BEGIN, MASK] if roles else [EOS])]
+
+
+def wrap(tokenizer: Tokenizer, *, has_unknown: bool, roles: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers knows it; decoding gives back the text as it was.
+
+    Args:
+        tokenizer: with the special tokens in its vocabulary.
+        has_unknown: what it does not know becomes the end-of-document token.
+        roles: name the tokens for padding, beginning and mask. Plain transformers then puts the special tokens around a
+            text as distllm does: `<s> text <|endoftext|>`, for a pair `<s> text <|endoftext|> text <|endoftext|>`.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    unknown = {"unk_token": EOS} if has_unknown else {}
+    names: dict[str, Any] = {"unk_token": EOS} if has_unknown else {}
+    if roles:
+        names |= {"sep_token": EOS, "pad_token": PAD, "bos_token": BEGIN, "cls_token": BEGIN, "mask_token": MASK}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A {EOS}",
+            pair=f"{BEGIN} $A {EOS} $B:1 {EOS}:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BEGIN, EOS)],
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False, **unknown
+        tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False, **names
     )  # fmt: skip
 
 
@@ -125,13 +197,14 @@ def load_hf(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     return loaded
 
 
-def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], folder: Path) -> None:
+def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], folder: Path, *, roles: bool = False) -> None:
     """Make the tokenizer that `config` asks for and save it as a Hugging Face folder.
 
     Args:
         config: which one.
         texts: documents, read as far as needed (bpe: what to learn from; chars: all).
         folder: where; it appears only when it is whole.
+        roles: give one that is made here tokens for padding, beginning and mask too; kind=hf keeps what it has.
 
     Raises:
         DataError: there is nothing to learn from, or no such tokenizer.
@@ -139,14 +212,15 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], folder: Path) 
     if config.kind == "hf":
         made = load_hf(config)
     elif config.kind == "bytes":
-        made = wrap(bytes_(), has_unknown=False)
+        made = wrap(bytes_(roles=roles), has_unknown=False, roles=roles)
     else:
         first = next(texts, None)
         if first is None:
             raise DataError(f"data.tokenizer.kind={config.kind} learns from text, and no source has any; use kind=hf or bytes")
         every = chain([first], texts)
-        tokenizer = chars(every) if config.kind == "chars" else train_bpe(every, vocab_size=config.vocab_size)
-        made = wrap(tokenizer, has_unknown=config.kind == "chars")
+        by_characters = config.kind == "chars"
+        tokenizer = chars(every, roles=roles) if by_characters else train_bpe(every, vocab_size=config.vocab_size, roles=roles)
+        made = wrap(tokenizer, has_unknown=by_characters, roles=roles)
     staging = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     made.save_pretrained(str(staging))
     if not (staging / "tokenizer.json").is_file():
@@ -179,8 +253,13 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def spec_digest(config: TokenizerConfig) -> str:
-    """What names a tokenizer before it is made: its settings, and for a local one the content of its files."""
+def spec_digest(config: TokenizerConfig, *, roles: bool = False) -> str:
+    """What names a tokenizer before it is made: its settings, and for a local one the content of its files.
+
+    Args:
+        config: which one.
+        roles: as in `make_tokenizer`.
+    """
     if config.kind == "bpe":
         facts = f"bpe {config.vocab_size} {config.train_bytes}"
     elif config.kind == "hf" and config.path and os.path.isdir(config.path):
@@ -189,4 +268,6 @@ def spec_digest(config: TokenizerConfig) -> str:
         facts = "hf " + hashlib.sha256(Path(config.path).read_bytes()).hexdigest()
     else:
         facts = f"{config.kind} {config.path if config.kind == 'hf' else ''}"
+    if roles and config.kind != "hf":
+        facts += " roles"
     return hashlib.sha256(facts.encode()).hexdigest()

@@ -51,10 +51,10 @@ class StepOut:
     grad_norm: torch.Tensor
     """The global gradient norm before clipping, a scalar, the same on every rank."""
     lr: float
-    tokens: int
-    """Input tokens of the global batch."""
     skipped: tuple[Skipped, ...] = ()
     """Skipped steps that became known with this call; on a GPU one step later than they happened."""
+    noise: torch.Tensor | None = None
+    """Two estimates, [2]: the squared norm of the true gradient, and the variance of one sample's; where asked for."""
 
 
 class Engine(Protocol):
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """`updates`, and the last step if its verdict is not known yet."""
         ...
 
-    def train_step(self, microbatches: Sequence[Batch], *, samples: range) -> StepOut:
+    def train_step(self, microbatches: Sequence[Batch], *, samples: range, noise: bool = False) -> StepOut:
         """Take one optimizer step on this rank's micro-batches of the global batch made of `samples`."""
         ...
 
@@ -80,6 +80,10 @@ class Engine(Protocol):
 
     def eval_step(self, batch: Batch) -> LossTerms:
         """The loss terms of one micro-batch of this rank, without gradients, in eval mode."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The moving averages in the weights' place, where there are any; afterwards the weights, to the bit."""
         ...
 
     def inference(self) -> AbstractContextManager[nn.Module]:

@@ -56,7 +56,7 @@ class LocalParameters:
                 groups.setdefault(_sharding_groups(whole), []).append(gradient)
         total: torch.Tensor | None = None
         for over, gradients in groups.items():
-            square = _squared_norm(gradients)
+            square = squared_norm_of(gradients)
             for group in over:  # each axis adds the shards along it
                 dist.all_reduce(square, group=group)
             total = square if total is None else total + square
@@ -70,7 +70,8 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _squared_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+def squared_norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of the squares of all values of some tensors on one device, a scalar in fp32."""
     norms = torch._foreach_norm(list(tensors))
     return torch.stack([norm.float() for norm in norms]).square().sum()
 

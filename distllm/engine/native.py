@@ -18,7 +18,9 @@ from distllm.config.errors import ConfigError
 from distllm.config.schema import PrecisionConfig
 from distllm.data.batch import Batch
 from distllm.engine.base import LossTerms, Objective, Skipped, StepOut
+from distllm.engine.ema import MovingAverage
 from distllm.engine.local import LocalParameters, local_part
+from distllm.engine.noise import noise_estimates, small_batches
 from distllm.engine.scaler import LossScale
 from distllm.engine.verdict import Verdict
 from distllm.parallel.data import set_last_microbatch
@@ -48,6 +50,7 @@ class NativeEngine:
         device: torch.device,
         rank: int,
         loss_unit: float = 1.0,
+        ema: float = 0.0,
     ) -> None:
         """Args:
         parallel: the model with its weights on its mesh.
@@ -61,6 +64,7 @@ class NativeEngine:
         rank: this rank's number in the world.
         loss_unit: fp16: what a loss sum is divided by before it is scaled, about the targets of a micro-batch, so that
             the loss scale is that of a mean; the same on every rank.
+        ema: the decay of a moving average of the weights; 0 keeps none.
         """
         self.parallel = parallel
         self.parameters = LocalParameters(parallel.model)
@@ -79,13 +83,15 @@ class NativeEngine:
         adam = isinstance(self.optimizer, torch.optim.Adam)  # AdamW is one
         self._skips_on_device = adam and bool(self.optimizer.defaults.get("fused")) and device.type == "cuda"
         self._make_optimizer_state()
+        self._average = MovingAverage(self.parameters, decay=ema) if ema else None
 
-    def train_step(self, microbatches: Sequence[Batch], *, samples: range) -> StepOut:
+    def train_step(self, microbatches: Sequence[Batch], *, samples: range, noise: bool = False) -> StepOut:
         """Take one optimizer step on this rank's micro-batches of one global batch.
 
         Args:
             microbatches: the accumulation's batches, on the CPU or the device; as many on every rank.
             samples: the numbers of all samples of the global batch, to name it should the step be skipped.
+            noise: also estimate the gradient's noise; needs two micro-batches, with one there is no estimate.
 
         Returns:
             The global mean loss and gradient norm, still on the device.
@@ -96,11 +102,16 @@ class NativeEngine:
         skipped = self.settle() if self._scale else ()  # the loss scale must know of an overflow before it is used
         scale = self._scale.value / self._loss_unit if self._scale else 1.0
         total = torch.zeros(2, dtype=torch.float32, device=self.device)  # [loss sum, count] of the global batch
+        small: torch.Tensor | None = None
         for index, batch in enumerate(microbatches):
-            set_last_microbatch(model, index == len(microbatches) - 1)
+            measure = noise and index == 0 and len(microbatches) > 1
+            set_last_microbatch(model, index == len(microbatches) - 1, readable=measure)
             terms = self._terms(batch.to(self.device))
             (terms.sum * scale if self._scale else terms.sum).backward()
             total += torch.stack([terms.sum.detach().float(), terms.count.float()])
+            if measure:
+                self.parameters.refresh()
+                small = small_batches(self.parallel, self.parameters, count=terms.count)
         comm.sum_over(total, mesh.dp_group)
         loss, count = total[0] / total[1], total[1]
         self.parameters.refresh()
@@ -108,6 +119,9 @@ class NativeEngine:
             self.unused = self._find_unused()
         norm = self.parameters.squared_norm().sqrt() / (count * scale)
         bad = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss))
+        estimates = None
+        if small is not None:
+            estimates = noise_estimates(small, norm=norm, count=count, samples=len(samples), scale=scale)
         self._finish_gradients(norm, count * scale)
         skipped += self.settle()
         lr = self._schedule(self.updates)
@@ -116,7 +130,7 @@ class NativeEngine:
         self.parameters.clear_gradients()
         if not self._skips_on_device:
             skipped += self.settle()
-        return StepOut(loss, norm, lr, _tokens(microbatches) * mesh.dp_size, skipped)
+        return StepOut(loss, norm, lr, skipped, estimates)
 
     @property
     def step(self) -> int:
@@ -134,6 +148,8 @@ class NativeEngine:
         if finite:
             self.updates += 1
             self.skips_in_a_row = 0
+            if self._average is not None:  # the weights are still those of that step, even where the verdict comes late
+                self._average.update()
             return ()
         self.skips_in_a_row += 0 if forgiven else 1  # fp16: too large a scale is no sign of divergence
         what = "gradient" if loss_is_finite else "loss"
@@ -156,6 +172,29 @@ class NativeEngine:
         # Growing caches would make a compiled block compile again for every length.
         with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
             yield self.parallel.model
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving averages in the weights' place, to evaluate, write or export with; afterwards the weights, to the bit.
+
+        Without `ema`, and inside itself, it changes nothing. A collective call; inside it is no training and no saving.
+        """
+        assert self._verdict is None, "settle first, so that the last step is in the average"
+        if self._average is None or self._average.exchanged:
+            yield
+            return
+        self._at_shards()
+        with self._average.in_place_of_weights():
+            try:
+                yield
+            finally:
+                self._at_shards()  # before the exchange: FSDP may hold gathered averages, or have moved its shards
+
+    def restart_average(self) -> None:
+        """Begin the moving average with the present weights, as after loading a checkpoint that has none."""
+        if self._average is not None:
+            self._at_shards()
+            self._average.restart()
 
     def _terms(self, batch: Batch) -> LossTerms:
         with self._autocast():
@@ -216,8 +255,8 @@ class NativeEngine:
     def state(self) -> dict[str, Chunk]:
         """The checkpoint state of this rank: parameters, persistent buffers and optimizer state, by name."""
         assert self._verdict is None, "settle first, so that a skip is told"
-        self._reshard()
-        self.parameters.refresh()
+        assert self._average is None or not self._average.exchanged, "saving inside `averaged`"
+        self._at_shards()
         model = self.parallel.model
         chunks = {f"model.{name}": self._chunk(p, p) for name, p in model.named_parameters()}
         persistent = model.state_dict(keep_vars=True).keys()
@@ -227,7 +266,8 @@ class NativeEngine:
                 if isinstance(value, torch.Tensor):
                     like = self.parameters.whole[name] if value.shape == local.shape else value
                     chunks[f"optim.{name}.{key}"] = self._chunk(value, like)
-        return chunks
+        averages = self._average.values if self._average is not None else {}
+        return chunks | {f"ema.{n}": self._chunk(v, self.parameters.whole[n]) for n, v in averages.items()}
 
     def facts(self) -> dict[str, Any]:
         """The engine's scalars, JSON: what `restore` needs besides the tensors."""
@@ -252,6 +292,11 @@ class NativeEngine:
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
             yield name, whole.cpu() if self._rank == 0 else torch.empty(0)
 
+    def _at_shards(self) -> None:
+        """Let the local parameters be the shards that the model now computes with."""
+        self._reshard()
+        self.parameters.refresh()
+
     def _reshard(self) -> None:
         """Put the sharded parameters back in place: after an evaluation FSDP leaves what is outside the blocks gathered."""
         for module in self.parallel.model.modules():
@@ -262,8 +307,3 @@ class NativeEngine:
 
     def _chunk(self, value: torch.Tensor, like: torch.Tensor) -> Chunk:
         return chunk_of(local_part(value), like=like, rank=self._rank)
-
-
-def _tokens(microbatches: Sequence[Batch]) -> int:
-    return sum(next(iter(batch.inputs.values())).numel() for batch in microbatches)
-

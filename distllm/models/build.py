@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,38 +20,77 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distllm.config.check import model_problems
 from distllm.config.errors import ConfigError, DistllmError
+from distllm.config.roles import Roles
 from distllm.config.schema import Config, ModelConfig
 from distllm.models.spec import ModelSpec
 
 
-def resolve_spec(config: Config, *, vocab_size: int) -> ModelSpec:
+def resolve_spec(
+    config: Config,
+    *,
+    vocab_size: int,
+    labels: Mapping[str, int] | None = None,
+    roles: Roles | None = None,
+    label_names: Sequence[str] = (),
+) -> ModelSpec:
     """The ModelSpec of the model that the config describes.
 
     Args:
-        config: the run's config; `model`, `data.seq_len` and `data.cross_documents` are read.
+        config: the run's config; `model`, `task`, `data.seq_len` and `data.cross_documents` are read.
         vocab_size: the tokenizer's number of ids.
+        labels: task name ("" where there is but one) -> its number of outputs; 1 for regression.
+        roles: the tokenizer's special tokens, which any task but plain packed text needs.
+        label_names: the labels of a classifier in their order, for the config that is exported.
 
     Raises:
         ConfigError: a name, size or value of `model` that cannot be.
         DataError: a model folder that cannot be used.
     """
-    model, seq_len = config.model, config.data.seq_len
+    model, seq_len, labels = config.model, config.data.seq_len, labels or {}
     if problems := list(model_problems(config)):  # a config that was saved, or made in Python, has passed no check
         raise ConfigError(problems)
     if model.spec is None:
         from distllm.models.hf import hf_spec  # transformers takes seconds to import
+        from distllm.models.hf_config import Needs
 
-        return hf_spec(model, vocab_size=vocab_size, seq_len=seq_len, packed=not config.data.cross_documents)
-    spec = _own_spec(model, vocab_size=vocab_size, seq_len=seq_len)
+        needs = Needs(config.task.kind, vocab_size, seq_len, labels.get(""), label_names, roles)
+        spec = hf_spec(model, needs=needs, packed=not config.data.cross_documents)
+        if config.task.kind == "multi_task":
+            from distllm.models.multi_task import multi_task_spec
+
+            spec = multi_task_spec(spec, tasks=config.task.tasks, outputs=labels)
+        return _with_weights(spec, model)
+    spec = _own_spec(config, vocab_size=vocab_size, labels=labels.get(""), roles=roles)
     if spec.max_seq_len is not None and spec.max_seq_len < seq_len:
         raise ConfigError([f"data.seq_len={seq_len}: {spec.name} takes at most {spec.max_seq_len}"])
     if spec.vocab_size is not None and spec.vocab_size < vocab_size:
         raise ConfigError([f"model.spec={model.spec}: vocab_size={spec.vocab_size}: the tokenizer has {vocab_size} ids"])
-    return spec
+    start = _start_id(roles) if config.task.kind == "seq2seq" and spec.decoder_start is None else spec.decoder_start
+    pad = roles.pad if roles is not None else spec.pad_id
+    return _with_weights(replace(spec, task=config.task.kind, decoder_start=start, pad_id=pad), model)
 
 
-def _own_spec(model: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelSpec:
-    """Call the user's spec function; `vocab_size` and `seq_len` are given where it takes them and spec_args has none."""
+def _with_weights(spec: ModelSpec, model: ModelConfig) -> ModelSpec:
+    """The spec that starts from `model.weights`, wherever name and shape agree."""
+    if model.weights is None:
+        return spec
+    from distllm.models.hf_folder import weights_folder
+
+    folder: Path = weights_folder(model.weights, key="model.weights", config=False)
+    return replace(spec, weights=folder, lenient=True)
+
+
+def _start_id(roles: Roles | None) -> int | None:
+    """What a decoder's input begins with: the beginning, else padding."""
+    return None if roles is None else roles.pad if roles.begin is None else roles.begin
+
+
+def _own_spec(config: Config, *, vocab_size: int, labels: int | None, roles: Roles | None) -> ModelSpec:
+    """Call the user's spec function with what it takes of vocab_size, seq_len, labels, pad_id and start_id.
+
+    What `model.spec_args` gives comes before them.
+    """
+    model = config.model
     path = str(model.spec)
     module_name, _, name = path.partition(":")
     try:
@@ -66,7 +107,11 @@ def _own_spec(model: ModelConfig, *, vocab_size: int, seq_len: int) -> ModelSpec
         rule = f"must be a function that is declared to return a ModelSpec: def {name}(...) -> ModelSpec"
         raise ConfigError([f"model.spec={path}: {rule}"])
     takes = inspect.signature(function).parameters
-    given: dict[str, Any] = {"vocab_size": vocab_size, "seq_len": seq_len}
+    given: dict[str, Any] = {"vocab_size": vocab_size, "seq_len": config.data.seq_len}
+    if labels is not None:
+        given["labels"] = labels
+    if roles is not None:
+        given |= {"pad_id": roles.pad, "start_id": _start_id(roles)}
     arguments = {k: v for k, v in given.items() if k in takes} | dict(model.spec_args)
     try:
         inspect.signature(function).bind(**arguments)
@@ -121,7 +166,7 @@ def initial_tensors(
     """Every parameter and buffer by full name, whole, on the CPU; one block is in memory at a time.
 
     Args:
-        spec: the model; with `weights`, parameters and persistent buffers are read from there.
+        spec: the model; with `weights`, parameters and persistent buffers that are there come first, read from there.
         seed: decides the random numbers, together with each parameter's full name.
         names: only these, at the cost of the blocks that hold them; None: all.
 
@@ -132,13 +177,22 @@ def initial_tensors(
         DistllmError: a parameter that the spec's init leaves without numbers; weights that do not fit.
     """
     model = _model_with_buffers(spec)
+    wanted = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    wanted &= wanted if names is None else set(names)
     if spec.weights is not None:
         from distllm.models.weights import read_tensors
 
-        yield from ((name, t) for name, t in read_tensors(spec, model) if names is None or name in names)
-        return
-    wanted = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    wanted &= wanted if names is None else set(names)
+        for name, tensor in read_tensors(spec, model):
+            if name in wanted:
+                wanted.remove(name)
+                yield name, tensor
+    yield from _made(spec, model, seed=seed, wanted=wanted)
+
+
+def _made(
+    spec: ModelSpec, model: nn.Module, *, seed: int, wanted: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The wanted tensors from the spec's init, a block at a time."""
     paths = {id(module): name for name, module in model.named_modules()}
     blocks = [block for path in spec.blocks for block in model.get_submodule(path).children()]
     inside = {id(module) for block in blocks for module in block.modules()}

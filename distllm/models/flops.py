@@ -13,22 +13,34 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+"""Encoders whose layers are plain attention and matrices; others share layers or have products of their own."""
 
 
-def flops_per_token(config: Any, model: nn.Module) -> Callable[[int], float] | None:
+def flops_per_token(config: Any, model: nn.Module, *, body: str | None = None) -> Callable[[int], float] | None:
     """Model FLOPs of one token (forward and backward) as a function of the sequence length.
 
     Args:
         config: the transformers config.
         model: the model, also on meta; its matrices are counted.
+        body: for a model whose head sees one state a row: the path of what every token goes through. The head is left
+            out, as it adds less than a token's share.
 
     Returns:
-        The function of the sequence length, or None where a layer is not plain attention (state-space, linear attention).
+        The function of the sequence length, or None where a layer is not plain attention (state-space, linear attention)
+        or tokens go different ways (an encoder-decoder).
     """
     windows = attention_windows(config)
-    if windows is None:
+    unknown = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and config.model_type not in ENCODERS
+    if windows is None or config.is_encoder_decoder or unknown:
         return None
     matrices, heads, dims = matrix_parameters(config, model), config.num_attention_heads, _head_dims(config)
+    if body is not None:
+        inner = model.get_submodule(body)
+        pooler = getattr(inner, "pooler", None)
+        matrices = matrix_parameters(config, inner) - (matrix_parameters(config, pooler) if pooler is not None else 0.0)
 
     def flops(seq_len: int) -> float:
         spans = sum(min(seq_len, window or seq_len) for window in windows)

@@ -11,7 +11,9 @@ import torch
 import transformers
 
 from distllm.config.errors import DataError
-from distllm.models.hf import quiet, weights_folder
+from distllm.models.hf_config import HEADS
+from distllm.models.hf_folder import weights_folder
+from distllm.models.quiet import quiet
 from distllm.models.weights import tensor_files
 
 
@@ -24,7 +26,7 @@ def load_for_inference(
     offload_folder: Path | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a transformers model with safetensors and its tokenizer, in eval mode.
+    """Load a transformers model with safetensors and its tokenizer, in eval mode, with the head that its config names.
 
     Args:
         folder: a model folder or hub name.
@@ -54,11 +56,48 @@ def load_for_inference(
         arguments |= {"device_map": "auto", "max_memory": max_memory, "offload_folder": offload_folder}
     with quiet():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, **arguments)
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model = HEADS[task_of(config)].auto.from_pretrained(path, config=config, **arguments)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise DataError(f"{folder}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
     return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def read_model_config(folder: Path, *, trust: bool = False) -> Any:
+    """The transformers config in a folder.
+
+    Raises:
+        DataError: it is none.
+    """
+    with quiet():
+        try:
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: not the config of a model: {' '.join(str(error).split())[:200]}") from error
+
+
+def task_of(config: Any) -> str:
+    """The task.kind that a transformers config's architecture is for.
+
+    Raises:
+        DataError: the architecture is not one that answers for any task, such as a body without a head.
+    """
+    name = next(iter(getattr(config, "architectures", None) or ()), None)
+    if name is None:
+        return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+    for kind in ("classification", "seq2seq", "causal_lm", "masked_lm"):  # BART's encoder-decoder is listed as masked too
+        if name in HEADS[kind].names.values():
+            single = getattr(config, "problem_type", None) == "regression" or config.num_labels == 1
+            return "regression" if kind == "classification" and single else kind
+    if getattr(config, "auto_map", None):
+        return "causal_lm"
+    raise DataError(f"{name}: is no language model and no classifier of texts; give a folder with the head of a task")
+
+
+def labels_of(config: Any) -> tuple[str, ...]:
+    """The names of a classifier's classes, in the order of their numbers."""
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -22,7 +22,8 @@ class ModelSpec:
     build: Callable[[], nn.Module]
     """Makes the module, fp32, tied weights tied; legal under `torch.device("meta")`.
 
-    Its forward is called with `**batch.inputs` and returns logits [B, S, V] or an object with `.logits`.
+    Its forward is called with `**batch.inputs` and returns logits ([B, S, V] of tokens, [B, C] of classes) or an object
+    with `.logits`.
     """
     init: Callable[[nn.Module], None]
     """Initialises the parameters and buffers that one module owns itself.
@@ -46,6 +47,25 @@ class ModelSpec:
     flops_per_token: Callable[[int], float] | None = None
     """Model FLOPs of one token's forward and backward pass, given the sequence length; None: not known, so no MFU."""
     weights: Path | None = None
-    """A folder with safetensors to start from instead of `init`."""
+    """A folder with safetensors to start from; `init` makes what the task adds to them."""
+    lenient: bool = False
+    """Whether any tensor may be missing in `weights` or left over; otherwise only those of the head may."""
     hf_config: Any = None
     """The transformers config, for export; None for a module of the user's own."""
+    task: str = ""
+    """The task.kind that it was built for."""
+    base: str | None = None
+    """The path of the body: parameters outside it are the head. None: all but `head` is body."""
+    decoder_start: int | None = None
+    """For an encoder-decoder, the id that the decoder's input begins with."""
+    pad_id: int | None = None
+    """The id that fills rows up; its row of the embedding may be frozen."""
+    token_types: bool = False
+    """Whether forward takes `token_type_ids` [B, S], 1 at the second text of a pair."""
+
+
+def in_head(spec: ModelSpec, name: str) -> bool:
+    """Whether a parameter belongs to what a task adds to a body, by its full name."""
+    if spec.base is not None:
+        return not name.startswith(f"{spec.base}.")
+    return spec.head is not None and name.startswith(f"{spec.head}.")

@@ -6,6 +6,7 @@ defaults average, so both wrappers are told to sum.
 
 # No `from __future__ import annotations` here: DDP reads the types of a communication hook and wants them real.
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ def apply_fsdp(
     """
     if mesh.sizes["dp_shard"] == 1:
         return model
+    # A head with a bias returns a view of its product, and torch warns of writing into it, which nobody here does.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     submesh = mesh.submesh("dp_replicate", "dp_shard")
     low = compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32) if low else MixedPrecisionPolicy()
@@ -85,14 +88,30 @@ def _add_bucket(
     return work.get_future().then(take_first)
 
 
-def set_last_microbatch(forward: nn.Module, last: bool) -> None:
+def set_last_microbatch(forward: nn.Module, last: bool, *, readable: bool = False) -> None:
     """Tell the wrapper whether this is the last micro-batch of the step.
 
     DDP sends gradients only then. FSDP2 reduce-scatters every micro-batch, so that no rank ever holds whole gradients;
     across replicas (HSDP) the shards are all-reduced at the last.
+
+    Args:
+        forward: what `parallelize` gave to call.
+        last: whether this is the last.
+        readable: whether the gradients so far will be read before the next: then the device waits for FSDP's reduction.
     """
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = last
     elif isinstance(forward, FSDPModule):
-        forward.set_is_last_backward(last)
+        forward.set_is_last_backward(last or readable)
         forward.set_requires_all_reduce(last)
+
+
+def held_back_gradients(model: nn.Module) -> list[torch.Tensor]:
+    """HSDP: this rank's shards of the gradients that its shard group has added up before the last micro-batch.
+
+    Until it all-reduces them FSDP keeps them to itself, flat and padded with zeros, one tensor for each of its units; torch
+    2.13 has no public name for them. Empty in every other layout, where gradients are with their parameters.
+    """
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    held = [group._partial_reduce_output for state in states for group in state._fsdp_param_groups]
+    return [tensor for tensor in held if tensor is not None]

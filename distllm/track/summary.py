@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+
+SHARES = ("accuracy", "f1_macro")
+"""Figures from 0 to 1 that are told in one line."""
+FIRST = ("perplexity", "pearson", "bleu", "chrf")
+"""Other figures that are."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,13 @@ class Summary:
     resume_command: str
     """What continues the run, or trains on."""
     val_loss: float | None = None
-    val_perplexity: float | None = None
-    val_accuracy: float | None = None
-    """0 to 1."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Further validation figures by name."""
     unigram_loss: float | None = None
     """The validation loss of a model that knows only how frequent each token is."""
-    best_val_loss: float | None = None
+    best_metric: str | None = None
+    """The figure by which the best evaluation was chosen."""
+    best_value: float | None = None
     best_step: int | None = None
     tokens_per_s: float | None = None
     """The mean over `seconds`."""
@@ -46,6 +53,8 @@ class Summary:
     """Why the run ended before its last step."""
     activate: str | None = None
     """What makes the command `distllm` known to the shell, where it is not."""
+    writes: bool = True
+    """Whether the model continues texts; else it predicts something of a text."""
     prompt: str = ""
     sample: str | None = None
     """Text that the model wrote after `prompt`."""
@@ -88,6 +97,17 @@ def render_summary(summary: Summary, *, terminal: bool, width: int = 100) -> str
     return screen.getvalue()
 
 
+def told(loss: float, figures: Mapping[str, float]) -> str:
+    """A loss and the figures that people look at first, on one line: loss 1.2345, perplexity 3.44, accuracy 61.2 %."""
+    shown = [f"loss {loss:.4f}"]
+    for name, value in figures.items():
+        if name in SHARES:
+            shown.append(f"{name.replace('_', ' ')} {value:.1%}")
+        elif name in FIRST:
+            shown.append(f"{name.replace('_', ' ')} {value:,.2f}")
+    return ", ".join(shown)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 5 s, 7 h 12 min, 2 d 3 h."""
     if seconds < 60:
@@ -112,14 +132,13 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
         ("time", f"{duration(summary.seconds)}{speed}"),
     ]
     if summary.val_loss is not None:
-        perplexity = f", perplexity {summary.val_perplexity:,.2f}" if summary.val_perplexity is not None else ""
-        accuracy = f", accuracy {summary.val_accuracy:.1%}" if summary.val_accuracy is not None else ""
-        rows.append(("validation", f"loss {summary.val_loss:.4f}{perplexity}{accuracy}"))
+        rows.append(("validation", told(summary.val_loss, summary.figures)))
     if summary.unigram_loss is not None:
         rows.append(("unigram", f"loss {summary.unigram_loss:.4f}, a model that knows only how frequent each token is"))
-    if summary.best_val_loss is not None:
+    if summary.best_value is not None:
         at = f" at step {summary.best_step:,}" if summary.best_step is not None else ""
-        rows.append(("best", f"validation loss {summary.best_val_loss:.4f}{at}"))
+        what = (summary.best_metric or "val_loss").removeprefix("val_").replace("_", " ")
+        rows.append(("best", f"validation {what} {summary.best_value:.4f}{at}"))
     if summary.skipped:
         rows.append(("skipped", f"{summary.skipped:,} steps with a loss or gradient that was not finite"))
     return rows
@@ -137,7 +156,10 @@ def _next(summary: Summary) -> list[tuple[str, str]]:
     rows = [("curves", f"distllm report {run}")]
     if summary.checkpoint is not None:
         export = f"distllm export {run} {exported}{trust}"
-        rows = [("write text", f"distllm generate {run}{trust}"), *rows, ("to transformers", export)]
+        use = ("write text", f"distllm generate {run}{trust}")
+        if not summary.writes:
+            use = ("predict", f"distllm predict {run} --input FILE --output FILE{trust}")
+        rows = [use, *rows, ("to transformers", export)]
     rows = [*rows, ("continue" if summary.stopped else "train on", summary.resume_command)]
     return rows if summary.activate is None else [("first", summary.activate), *rows]
 

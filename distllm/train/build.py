@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,29 +12,45 @@ from typing import Any
 import torch
 
 from distllm import comm
-from distllm.checkpoint.find import Found, read_facts
+from distllm.checkpoint.find import AVERAGES, Found, read_facts
 from distllm.checkpoint.manager import CheckpointManager
 from distllm.comm import World
 from distllm.config.check import Resolved, resolve_layout, resolved_config
+from distllm.config.check_task import one_target, packed
 from distllm.config.errors import CheckpointError, ConfigError, DataError
 from distllm.config.load import digest, to_yaml
 from distllm.config.schema import Config
-from distllm.data.loader import Samples
+from distllm.data.loader import open_samples
 from distllm.data.prepare import Prepared, open_prepared, prepare
-from distllm.data.tokenizer import folder_digest
+from distllm.data.samples import Samples
+from distllm.data.tokenizer import Roles, check_roles, folder_digest, roles_of
 from distllm.engine.native import DTYPES, NativeEngine
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
+from distllm.models.weights import LoadReport, load_report
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.parallel.parallelize import Parallel, parallelize
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
-from distllm.train.folder import RunFolder, claim, keep_model_config, keep_run_id, keep_tokenizer, read_run_id
+from distllm.train.distill import Teacher, distilled
+from distllm.train.folder import (
+    RunFolder,
+    claim,
+    keep_labels,
+    keep_model_config,
+    keep_run_id,
+    keep_tokenizer,
+    read_run_id,
+    read_tokenizer,
+)
 from distllm.train.host import memory_of, random_state, restore_random_state, seed_rank, tune_host
-from distllm.train.objectives import causal_lm
 from distllm.train.optim import make_optimizer, make_penalty
 from distllm.train.schedule import make_schedule
+from distllm.train.start import laid_out, with_start, with_teacher
+from distllm.train.stopping import Best
+from distllm.train.tasks import Labels, Task, make_task, outputs_of
+from distllm.train.tune import apply_tune, first_tensors, learning_rate_scales, tuned_spec
 
 
 @dataclass(frozen=True)
@@ -45,8 +62,8 @@ class Position:
     tokens: int = 0
     seconds: float = 0.0
     skipped: int = 0
-    best_val_loss: float | None = None
-    best_step: int | None = None
+    best: Best = field(default_factory=Best)
+    """The best evaluation so far."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,11 @@ class Run:
     mesh: Mesh
     folder: RunFolder
     spec: ModelSpec
+    task: Task
+    labels: Labels
+    """Of each task that classifies."""
+    tokenizer: Any
+    """Of transformers."""
     samples: Samples
     data: DataFacts
     engine: NativeEngine
@@ -108,18 +130,35 @@ def build(config: Config, world: World) -> Run:
 
 def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFolder, log: logging.Logger) -> Run:
     """`build`, once the run has a folder and a log."""
+    started = with_start(config, folder, world)
     # A wrong type or size, and a model that cannot fit, are told before the text is tokenised.
-    _refuse_too_large(config, resolve_spec(config, vocab_size=1), world, shards=resolved.dp_shard)
+    _refuse_too_large(config, _guessed_spec(started), world, shards=resolved.dp_shard)
     prepared = _data(config, world)
     data = DataFacts(prepared.digest, folder_digest(prepared.tokenizer_folder))
     comm.main_first(lambda: keep_tokenizer(folder, prepared.tokenizer_folder), world)
-    samples = Samples(prepared, config)
-    spec = resolve_spec(config, vocab_size=prepared.vocab_size)
+    tokenizer = read_tokenizer(prepared.tokenizer_folder)
+    roles, labels, task = roles_of(tokenizer), prepared.labels, make_task(config)
+    check_roles(roles, config)
+    comm.main_first(lambda: keep_labels(folder, labels), world)
+    plain = resolve_spec(
+        started, vocab_size=prepared.vocab_size, labels=outputs_of(labels), roles=roles, label_names=labels.get("", ())
+    )
+    plain, taught_by = with_teacher(
+        plain, config, folder=folder, world=world, tokenizer=tokenizer, labels=labels, roles=roles
+    )
+    spec = tuned_spec(plain, config.tune)
+    samples = open_samples(
+        prepared, config, resolved=resolved, tokenizer=tokenizer, decoder_start=spec.decoder_start, token_types=spec.token_types
+    )
     _refuse_too_large(config, spec, world, shards=resolved.dp_shard)
     mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})
     if spec.hf_config is not None:
         comm.main_first(lambda: keep_model_config(folder, spec.hf_config), world)
-    engine = build_engine(config, world, mesh=mesh, spec=spec)
+    _tell_loaded(load_report(plain), log)
+    engine = build_engine(
+        config, world, mesh=mesh, spec=spec, task=task, tensors=first_tensors(plain, spec, seed=config.seed),
+        teacher=laid_out(taught_by, config, world, mesh=mesh),
+    )  # fmt: skip
     seed_rank(config.seed, dp_rank=mesh.dp_rank, step=0)
     attempt = comm.broadcast(secrets.token_hex(4), world)
     checkpoints = CheckpointManager(
@@ -137,13 +176,34 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
         keep_run_id(folder, tracker.run_id)
     tracker.rewind(engine.updates)
     meter = Meter(
-        flops_per_token=spec.flops_per_token(config.data.seq_len) if spec.flops_per_token else None,
+        flops_per_token=spec.flops_per_token(config.data.seq_len) if spec.flops_per_token and packed(config) else None,
         peak=_peak(config, world), devices=world.size, device=world.device,
     )  # fmt: skip
-    run = Run(config, resolved, world, mesh, folder, spec, samples, data, engine, checkpoints, tracker,
-              meter, log, start)  # fmt: skip
+    run = Run(
+        config, resolved, world, mesh, folder, spec, task, labels, tokenizer, samples, data, engine, checkpoints,
+        tracker, meter, log, start,
+    )  # fmt: skip
     _announce(run, found)
     return run
+
+
+def _guessed_spec(config: Config) -> ModelSpec:
+    """The model as far as it is known before the data are: the smallest vocabulary and heads."""
+    labels = {name: len(head.labels) or 2 for name, head in config.task.tasks.items()} or {"": len(config.task.labels) or 2}
+    if config.task.kind == "regression":
+        labels = {"": 1}
+    return resolve_spec(config, vocab_size=5, labels=labels, roles=Roles(eos=0, pad=1, begin=2, separator=0, mask=3))
+
+
+def _tell_loaded(report: LoadReport | None, log: logging.Logger) -> None:
+    """Say which weights came from the folder that the model starts from."""
+    if report is None:
+        return
+    log.info(f"took {report.loaded} tensors from the model that this run starts from")
+    for what, names in (("new, from the seed", report.new), ("left over, not taken", report.left_over)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            log.info(f"{what}: {', '.join(names[:8])}{more}")
 
 
 def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:
@@ -151,7 +211,7 @@ def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: 
     parameters = sum(p.numel() for p in meta_model(spec).parameters())
     buffers = {"adamw": 2, "adam": 2, "rmsprop": 2, "sgd": 1, "lion": 1}[config.optim.name]
     ranks = 1 if world.device.type == "cuda" else world.local_size  # ranks on a CPU share its memory
-    need = parameters * 4 * (2 + buffers) / shards * ranks
+    need = parameters * 4 * (2 + buffers + (config.train.ema > 0)) / shards * ranks
     have = memory_of(world.device)
     if need > have:
         raise ConfigError(
@@ -163,19 +223,46 @@ def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: 
         )
 
 
-def build_engine(config: Config, world: World, *, mesh: Mesh, spec: ModelSpec) -> NativeEngine:
-    """The model on its mesh with its first weights, and the engine that trains it."""
+def build_engine(
+    config: Config,
+    world: World,
+    *,
+    mesh: Mesh,
+    spec: ModelSpec,
+    task: Task,
+    tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+    teacher: Teacher | None = None,
+) -> NativeEngine:
+    """The model on its mesh with its first weights, and the engine that trains it.
+
+    Args:
+        config: what decides how it learns.
+        world: this rank's facts.
+        mesh: the ranks by axis.
+        spec: the model that trains, with adapters where they do.
+        task: what it learns.
+        tensors: the first weights by name, whole; None: those of `spec`.
+        teacher: whom it learns from.
+    """
     model = meta_model(spec)
+    apply_tune(model, spec, config.tune)
+    objective = task.objective
+    if teacher is not None:
+        objective = distilled(objective, teacher=teacher, config=config.distill, kind=task.kind)
+    scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
     parallel: Parallel = parallelize(
-        model, mesh, spec=spec, tensors=initial_tensors(spec, seed=config.seed), device=world.device,
+        model, mesh, spec=spec, tensors=initial_tensors(spec, seed=config.seed) if tensors is None else tensors,
+        device=world.device,
         compute_dtype=DTYPES[config.precision.compute], reshard_after_forward=config.layout.reshard_after_forward,
         activation=config.activation, compile_blocks=config.train.compile,
     )  # fmt: skip
     return NativeEngine(
-        parallel, objective=causal_lm, optimizer=make_optimizer(config.optim, model=model, device=world.device),
+        parallel, objective=objective,
+        optimizer=make_optimizer(config.optim, model=model, device=world.device, scales=scales),
         schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps),
         clip=config.optim.clip, penalty=make_penalty(config.optim, model=model), precision=config.precision,
-        device=world.device, rank=world.rank, loss_unit=float(config.train.micro_batch * config.data.seq_len),
+        device=world.device, rank=world.rank, ema=config.train.ema,
+        loss_unit=float(config.train.micro_batch * (1 if one_target(config) else config.data.seq_len)),
     )  # fmt: skip
 
 
@@ -196,7 +283,13 @@ def close(run: Run, *, code: int = 0) -> None:
 
 def _data(config: Config, world: World) -> Prepared:
     """Prepare the token stores on rank 0 while the others wait, then open them everywhere."""
-    comm.main_first(lambda: bool(prepare(config, progress=True)), world)
+    augment = config.data.augment
+    translate = None
+    if augment.back_translation:
+        from distllm.train.translate import make_translator
+
+        translate = make_translator(augment.translators, trust=config.model.trust_remote_code)
+    comm.main_first(lambda: bool(prepare(config, progress=True, translate=translate)), world)
     return open_prepared(config)
 
 
@@ -221,7 +314,9 @@ def _restore(
     facts = read_facts(found)
     _refuse_other_data(found, facts, run_data, own=found.folder.parent == checkpoints.folder)
     engine.restore(facts["engine"])
-    facts, rng = checkpoints.load(found, engine.state(), layout=dict(mesh.sizes))
+    facts, rng = checkpoints.load(found, engine.state(), layout=dict(mesh.sizes), optional=(AVERAGES,))
+    if not any(name.startswith(AVERAGES) for name in found.manifest.tensors):
+        engine.restart_average()  # the run began without one: it starts from the weights of now
     if rng is not None:
         restore_random_state(rng, device=engine.device)
     else:  # another layout has other ranks: fresh generators, but not those of step 0 again
@@ -246,7 +341,8 @@ def _refuse_other_data(found: Found, facts: dict[str, Any], data: DataFacts, *, 
 
 def _position(found: Found, facts: dict[str, Any]) -> Position:
     try:
-        return Position(**facts["position"])
+        saved = facts["position"]
+        return Position(**{**saved, "best": Best(**saved["best"])})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{found.folder}: its position is of another version of distllm ({error})") from error
 

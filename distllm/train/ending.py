@@ -17,7 +17,7 @@ from distllm.config.trust import own_code
 from distllm.evaluate import Evaluation
 from distllm.track.summary import Summary, render_summary
 from distllm.train.build import Position, Run
-from distllm.train.folder import read_tokenizer
+from distllm.train.tasks import WRITES
 
 
 def sample_text(run: Run, step: int) -> str | None:
@@ -29,12 +29,11 @@ def sample_text(run: Run, step: int) -> str | None:
         The last sample's text; None when samples are switched off.
     """
     t = run.config.train
-    if t.sample_tokens == 0 or not t.sample_prompts:
+    if t.sample_tokens == 0 or not t.sample_prompts or run.task.kind not in WRITES:
         return None
-    tokenizer = read_tokenizer(run.folder.tokenizer)
-    with run.meter.pause(), run.engine.inference() as model:
+    with run.meter.pause(), run.engine.averaged(), run.engine.inference() as model:
         texts = generate.sample_text(
-            model, tokenizer=tokenizer, prompts=t.sample_prompts, max_len=run.spec.max_seq_len,
+            model, tokenizer=run.tokenizer, prompts=t.sample_prompts, max_len=run.spec.max_seq_len,
             sampling=generate.Sampling(t.sample_tokens, t.sample_temperature), device=run.world.device,
             to_the_end=run.world.size > 1,
             generator=torch.Generator(run.world.device).manual_seed(run.config.seed),
@@ -51,7 +50,9 @@ def tell_if_done(run: Run) -> bool:
     """Say so, and touch nothing, when the run has already taken and evaluated its last step."""
     steps, figures = run.config.train.steps, run.folder.path / "summary.json"
     done = False
-    if run.engine.updates >= steps and figures.exists():
+    t = run.config.train
+    enough = 0 < t.patience <= run.start.best.bad
+    if (run.engine.updates >= steps or enough) and figures.exists():
         done = json.loads(figures.read_text(encoding="utf-8")).get("steps") == run.engine.updates
     if done := broadcast(done, run.world):
         run.log.info(f"{run.folder.path} is done, {steps} steps; to train on: {_again(run, more=True)}")
@@ -85,12 +86,13 @@ def tell_end(
     summary = Summary(
         run_folder=run.folder.path, steps=step, total_steps=total, seconds=seconds, tokens=at.tokens,
         metrics=run.folder.path / "metrics.jsonl", resume_command=again,
-        val_loss=last.loss if last else None, val_perplexity=last.perplexity if last else None,
-        val_accuracy=last.accuracy if last else None, unigram_loss=run.samples.unigram_loss() if last else None,
-        best_val_loss=at.best_val_loss, best_step=at.best_step, skipped=at.skipped, checkpoint=newest,
+        val_loss=last.loss if last else None, figures=dict(last.figures) if last else {},
+        unigram_loss=run.samples.unigram_loss() if last else None,
+        best_metric=at.best.metric, best_value=at.best.value, best_step=at.best.step, skipped=at.skipped, checkpoint=newest,
         prompt=run.config.train.sample_prompts[-1] if sample else "", sample=sample,
         tokens_per_s=at.tokens / max(seconds, 1e-9), stopped=stopped, own_code=own_code(run.config) is not None,
-        activate=_activation(),
+        activate=_activation(), writes=run.task.kind in WRITES,
     )  # fmt: skip
-    run.tracker.summary({k: v for k, v in vars(summary).items() if isinstance(v, int | float)})
+    figures = {f"val_{name}": value for name, value in summary.figures.items()}
+    run.tracker.summary({k: v for k, v in vars(summary).items() if isinstance(v, int | float)} | figures)
     print(render_summary(summary, terminal=sys.stdout.isatty()), flush=True)

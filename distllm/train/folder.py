@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from distllm.config.load import from_yaml, to_yaml, what_changed
 from distllm.config.schema import Config
 
 CONFIG_FILE = "config.yaml"
+LABELS = "labels.json"
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,20 @@ def keep_tokenizer(folder: RunFolder, source: Path) -> None:
 def keep_model_config(folder: RunFolder, hf_config: Any) -> None:
     """Write the transformers config into the run folder, so that the run can be used without the model that it began from."""
     _swap_in(folder.path / "model_config", lambda partial: hf_config.save_pretrained(partial))
+
+
+def keep_labels(folder: RunFolder, labels: Mapping[str, Sequence[str]]) -> None:
+    """Write down the label names of each task, by which predictions are told."""
+    if labels:
+        (folder.path / LABELS).write_text(json.dumps(labels, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_labels(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The label names of each task of a run; empty where its task has none."""
+    file = folder / LABELS
+    if not file.is_file():
+        return {}
+    return {name: tuple(names) for name, names in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def keep_run_id(folder: RunFolder, run_id: str | None) -> None:

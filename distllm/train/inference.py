@@ -1,4 +1,4 @@
-"""Using what was trained: a run, a checkpoint or a Hugging Face folder to evaluate, to write text, or to export.
+"""Opening what was trained: a run, a checkpoint or a Hugging Face folder, ready to compute, or written as a folder.
 
 Everything here runs in one process; a checkpoint of any layout is read whole.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,50 @@ from typing import Any
 import torch
 from torch import nn
 
-from distllm.checkpoint.find import Found, candidates, find, read_full
+from distllm.checkpoint.find import (
+    AVERAGES,
+    BEST,
+    Found,
+    candidates,
+    find,
+    linked,
+    read_full,
+    read_weights,
+    step_folder,
+)
 from distllm.checkpoint.hf import export
 from distllm.checkpoint.manifest import MANIFEST
-from distllm.config.errors import ConfigError, DataError
-from distllm.config.schema import Config
+from distllm.config.errors import CheckpointError, ConfigError, DataError
+from distllm.config.schema import Config, DataConfig, ModelConfig, TaskConfig
 from distllm.config.trust import refuse_own_code
-from distllm.data.batch import IGNORE, Batch
-from distllm.data.loader import Samples, validation_batches
-from distllm.data.prepare import open_prepared
-from distllm.data.tokenizer import id_count
-from distllm.engine.base import LossTerms
-from distllm.evaluate import evaluate
-from distllm.generate import Sampling, decode_stream, encode_prompts, sample_text, stream
+from distllm.data.prepare_examples import Labels
+from distllm.data.tokenizer import Roles, id_count, roles_of
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
-from distllm.models.inference import free_bytes, load_for_inference
+from distllm.models.hf_config import HEADS, max_positions
+from distllm.models.hf_folder import weights_folder
+from distllm.models.inference import free_bytes, labels_of, load_for_inference, read_model_config, task_of
 from distllm.models.spec import ModelSpec
 from distllm.parallel.parallelize import fill
-from distllm.train.folder import CONFIG_FILE, read_config, read_tokenizer
-from distllm.train.objectives import causal_lm
+from distllm.train.average import average, last_checkpoints
+from distllm.train.folder import CONFIG_FILE, read_config, read_labels, read_tokenizer
+from distllm.train.tasks import outputs_of
+from distllm.train.tune import merged
 
 log = logging.getLogger("distllm")
 MODEL_CONFIG = "model_config"
 """In a run folder: the config of its model as transformers writes it."""
+Tensors = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which weights of a run to take."""
+
+    which: str = "auto"
+    """auto: the newest checkpoint, with its averaged weights (train.ema) where it keeps them. last: the newest, as trained.
+    ema: the averaged weights, or an error. best: the best checkpoint. A number: that step."""
+    average: int = 1
+    """The mean of the weights of this many checkpoints, the newest ones."""
 
 
 @dataclass(frozen=True)
@@ -50,48 +71,73 @@ class Source:
     name: str
     model: nn.Module
     tokenizer: Any
+    tokenizer_folder: Path
     device: torch.device
     max_len: int | None
     """The most tokens that the model takes at once."""
-    seq_len: int
-    """The length to evaluate at."""
+    config: Config
+    """The run's; for a model folder one that says as much as the folder does."""
+    labels: Labels
+    decoder_start: int | None
+    """For an encoder-decoder: what its input begins with."""
+    token_types: bool
+    """Whether the model tells the texts of a pair apart by token types."""
+    run: Path | None
+    """The run's folder; None for a model folder, which has no data of its own."""
+
+    @property
+    def kind(self) -> str:
+        """What it was trained for: task.kind."""
+        return self.config.task.kind
+
+    @property
+    def seq_len(self) -> int:
+        """The length to evaluate at."""
+        return self.config.data.seq_len
+
+    @property
+    def roles(self) -> Roles:
+        """The tokenizer's special tokens."""
+        return roles_of(self.tokenizer)
 
 
-def open_source(source: str, *, device: str = "auto", trust: bool = False) -> Source:
-    """Load a model for evaluation and generation.
+def open_source(source: str, *, choice: Choice | None = None, device: str = "auto", trust: bool = False) -> Source:
+    """Load a model to evaluate, to predict or to write with; of a model folder whatever head its architecture says.
 
     Args:
-        source: a run folder (its newest good checkpoint), a checkpoint folder, or a folder or hub name of transformers.
+        source: a run folder, a checkpoint folder, or a folder or hub name of transformers.
+        choice: which weights of a run; None: those of its newest good checkpoint.
         device: auto, cpu or cuda; a model larger than the device is spread over the machine by accelerate.
         trust: run Python code that the source names or brings.
 
     Raises:
-        ConfigError: the source runs code of its own, and is not trusted.
+        ConfigError: the source runs code of its own, and is not trusted; a choice that the source does not have.
         CheckpointError: the run has no good checkpoint, or the one named is torn.
         DataError: a model folder that cannot be used.
     """
-    if not is_run(Path(source)) and Path(source).is_dir() and not (Path(source) / "config.json").exists():
+    path, choice = Path(source), choice or Choice()
+    if not is_run(path) and path.is_dir() and not (path / "config.json").exists():
         raise DataError(f"{source}: neither a run or checkpoint of distllm nor a model folder (it has no config.json)")
     target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     scratch = Path(tempfile.mkdtemp(prefix="distllm-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)  # what accelerate puts on the disk is read with each token
-    offload = scratch / "offload"
-    if not is_run(Path(source)):
-        model, tokenizer = load_for_inference(source, device=str(target), offload_folder=offload, trust_remote_code=trust)
-        if id_count(tokenizer) > model.config.vocab_size:
-            raise DataError(f"{source}: the tokenizer has {id_count(tokenizer)} ids, the model only {model.config.vocab_size}")
-        limit = getattr(model.config, "max_position_embeddings", None)
-        return Source(source, model, tokenizer, _device_of(model, target), limit, min(limit or 1024, 1024))
-    found = find(Path(source), logger=log)
-    config, spec, tokenizer = _described(found, trust=trust)
+    if not is_run(path):
+        _refuse_choice(source, choice, "is a model folder, with one set of weights")
+        return _open_folder(source, device=target, scratch=scratch, trust=trust)
+    found, tensors, what = _chosen(path, choice)
+    config, spec, tokenizer, labels = _described(found, trust=trust)
     if spec.hf_config is not None and _model_bytes(spec) > 0.9 * free_bytes(target):
         folder = scratch / "model"  # accelerate spreads folders of transformers
-        export_source(source, folder, trust=trust)
+        export(folder, tensors=merged(tensors(), spec, config.tune), spec=spec, tokenizer_folder=_tokenizer_folder(found))
+        offload = scratch / "offload"
         model, _ = load_for_inference(folder, device=str(target), offload_folder=offload, trust_remote_code=trust)
     else:
-        model = _filled(found, spec, seed=config.seed, device=target)
-    name = f"{source}, step {found.step}"
-    return Source(name, model.eval(), tokenizer, _device_of(model, target), spec.max_seq_len, config.data.seq_len)
+        model = _filled(dict(merged(tensors(), spec, config.tune)), spec, seed=config.seed, device=target)
+    run = found.folder.parent.parent
+    return Source(
+        f"{source}, {what}", model.eval(), tokenizer, _tokenizer_folder(found), _device_of(model, target), spec.max_seq_len,
+        config, labels, spec.decoder_start, spec.token_types, run,
+    )  # fmt: skip
 
 
 def is_run(path: Path) -> bool:
@@ -108,107 +154,116 @@ def _named_as_one(path: Path) -> bool:
     return path.is_dir() and path in [folder for _, folder in candidates(path.parent)]
 
 
-def evaluate_source(
-    source: str, *, texts: Sequence[Path], batch: int = 8, device: str = "auto", trust: bool = False
-) -> dict[str, Any]:
-    """Loss, perplexity and accuracy on texts, or of a run on its own validation data.
-
-    Args:
-        source: as in `open_source`.
-        texts: files of UTF-8 text; each is one document, cut into windows of the model's length that do not overlap.
-            None given: the validation part of the run's data.
-        batch: windows at once.
-        device: as in `open_source`.
-        trust: as in `open_source`.
-
-    Returns:
-        source, val_loss (nats a token), val_perplexity, val_accuracy, val_tokens, and for texts bits_per_byte.
-
-    Raises:
-        ConfigError: a model without data of its own, and no text.
-        DataError: a text that cannot be read, or is empty.
-    """
-    if not texts and not is_run(Path(source)):
-        raise ConfigError([f"--text: {source} has no validation data of its own; give a text file, --text FILE"])
-    documents = [_read_text(path) for path in texts]
-    opened = open_source(source, device=device, trust=trust)
-
-    @torch.no_grad()
-    def terms(piece: Batch) -> LossTerms:
-        return causal_lm(opened.model(**piece.inputs), piece)
-
-    batches = _batches(opened, documents, batch) if texts else _validation(Path(source), batch)
-    result = evaluate(terms, batches, group=None, device=opened.device)
-    found = {"source": opened.name, **result.as_metrics()}
-    if texts:
-        size = sum(len(text.encode()) for text in documents)
-        found["bits_per_byte"] = result.loss * result.tokens / size / math.log(2.0)
-    return found
-
-
-def generate_source(
-    source: str,
-    *,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    seed: int = 1,
-    device: str = "auto",
-    trust: bool = False,
-) -> Iterator[str]:
-    """Continue prompts.
-
-    Args:
-        source: as in `open_source`.
-        prompts: one is streamed piece by piece; several are continued as one batch and given whole, in order.
-        sampling: how many tokens, and how each is chosen.
-        seed: of the choices.
-        device: as in `open_source`.
-        trust: as in `open_source`.
-
-    Yields:
-        Pieces of text of the one prompt, or a whole text for each of several; without the prompts.
-    """
-    opened = open_source(source, device=device, trust=trust)
-    generator = torch.Generator(opened.device).manual_seed(seed)
-    if len(prompts) > 1:
-        yield from sample_text(
-            opened.model, tokenizer=opened.tokenizer, prompts=prompts, sampling=sampling, max_len=opened.max_len,
-            generator=generator, device=opened.device,
-        )  # fmt: skip
-        return
-    ids, mask = encode_prompts(opened.tokenizer, prompts, device=opened.device)
-    tokens = stream(
-        opened.model, input_ids=ids, attention_mask=mask, sampling=sampling, eos_id=opened.tokenizer.eos_token_id,
-        vocab_size=id_count(opened.tokenizer), max_len=opened.max_len, generator=generator,
-    )  # fmt: skip
-    yield from decode_stream(opened.tokenizer, (int(token[0]) for token in tokens))
-
-
-def export_source(source: str, folder: Path, *, trust: bool = False) -> Path:
+def export_source(source: str, folder: Path, *, choice: Choice | None = None, trust: bool = False) -> Path:
     """Write a run's or a checkpoint's model as a folder that plain transformers loads.
+
+    Args:
+        source: a run or checkpoint folder.
+        folder: the target, new or empty or an earlier export.
+        choice: which weights; None: those of the newest good checkpoint.
+        trust: run Python code that the source names.
 
     Raises:
         ConfigError: the source runs code of its own, and is not trusted.
         CheckpointError: there is no good checkpoint.
         StorageError: the folder holds something else.
     """
-    found = find(Path(source), logger=log)
-    _, spec, _ = _described(found, trust=trust)
-    tensors = read_full(found, names_prefix="model.")
-    export(folder, tensors=tensors, spec=spec, tokenizer_folder=_tokenizer_folder(found))
+    found, tensors, _ = _chosen(Path(source), choice or Choice())
+    config, spec, _, _ = _described(found, trust=trust)
+    export(folder, tensors=merged(tensors(), spec, config.tune), spec=spec, tokenizer_folder=_tokenizer_folder(found))
     return folder
 
 
-def _described(found: Found, *, trust: bool) -> tuple[Config, ModelSpec, Any]:
-    """The config, the spec and the tokenizer of a checkpoint."""
+@contextmanager
+def exported(source: str, *, choice: Choice, trust: bool) -> Iterator[tuple[Path, str]]:
+    """A source as a model folder, for as long as the block runs, and its task.kind.
+
+    Raises:
+        DataError: the source is a module of the user's own, which transformers does not know.
+    """
+    with tempfile.TemporaryDirectory(prefix="distllm-") as scratch:
+        folder = Path(source)
+        if is_run(folder):
+            folder = export_source(source, Path(scratch) / "model", choice=choice, trust=trust)
+        else:
+            _refuse_choice(source, choice, "is a model folder, with one set of weights")
+            folder = weights_folder(source, trust=trust)
+        if not (folder / "config.json").is_file():
+            raise DataError(f"{source}: a module of your own is no model that transformers loads")
+        yield folder, task_of(read_model_config(folder, trust=trust))
+
+
+def loader_of(folder: Path) -> str:
+    """The class of transformers that loads an exported folder; of a module of the user's own, what reads its tensors."""
+    if not (folder / "config.json").is_file():
+        return "safetensors.torch.load_file"
+    config = read_model_config(folder)
+    try:
+        return str(HEADS[task_of(config)].auto.__name__)
+    except DataError:
+        return "AutoModel"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which weights
+
+
+def _refuse_choice(source: str, choice: Choice, why: str) -> None:
+    if choice.average > 1:
+        raise ConfigError([f"--average={choice.average}: {source} {why}; leave it out"])
+    if choice.which != "auto":
+        raise ConfigError([f"--which={choice.which}: {source} {why}; leave it out"])
+
+
+def _chosen(path: Path, choice: Choice) -> tuple[Found, Tensors, str]:
+    """The checkpoint that a choice means, its weights by name, and what to call it."""
+    which, folder = choice.which, path / "checkpoints" if candidates(path / "checkpoints") else path
+    single = (path / MANIFEST).exists() or not candidates(folder)
+    if single and (choice.average > 1 or which not in ("auto", "last", "ema")):
+        _refuse_choice(str(path), choice, "is one checkpoint")
+    if choice.average > 1:
+        if which not in ("auto", "last"):
+            raise ConfigError([f"--which={which}: not together with --average={choice.average}, which takes the newest ones"])
+        several = last_checkpoints(path, choice.average, logger=log)
+        told = ", ".join(str(found.step) for found in several)
+        return several[0], lambda: average(several), f"the mean of steps {told}"
+    if which == "best":
+        if linked(folder / BEST) is None:
+            rule = "train.keep_best=true or train.patience keeps one"
+            raise CheckpointError(f"{path}: no best checkpoint is marked; {rule}; nearest: --which=last")
+        found = find(folder / BEST, logger=log)
+    elif which.isdecimal():
+        steps = [step for step, _ in candidates(folder)]
+        if int(which) not in steps:
+            kept = ", ".join(map(str, sorted(set(steps))))
+            raise CheckpointError(f"--which={which}: {path} has no checkpoint of this step; it keeps {kept}")
+        found = find(step_folder(folder, int(which)), logger=log)
+    elif which in ("auto", "last", "ema"):
+        found = find(path, logger=log)
+    else:
+        raise ConfigError([f"--which={which}: must be auto, last, best, ema or the number of a step; nearest: auto"])
+    averaged = any(name.startswith(AVERAGES) for name in found.manifest.tensors)
+    if which == "ema" and not averaged:
+        raise CheckpointError(f"{found.folder}: keeps no averaged weights; train.ema keeps them; nearest: --which=last")
+    if which == "last" or not averaged:
+        return found, lambda: read_full(found, names_prefix="model."), f"step {found.step}"
+    return found, lambda: read_weights(found), f"step {found.step}, averaged weights"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def _described(found: Found, *, trust: bool) -> tuple[Config, ModelSpec, Any, Labels]:
+    """The config, the spec, the tokenizer and the labels of a checkpoint."""
     config = read_config(found.folder)
     if not trust:
         refuse_own_code(config, where=found.folder)
-    tokenizer = read_tokenizer(_tokenizer_folder(found))
-    return config, _spec_of(found, config, vocab_size=id_count(tokenizer)), tokenizer
+    tokenizer, labels = read_tokenizer(_tokenizer_folder(found)), read_labels(found.folder.parent.parent)
+    return config, _spec_of(found, config, tokenizer=tokenizer, labels=labels), tokenizer, labels
 
 
-def _spec_of(found: Found, config: Config, *, vocab_size: int) -> ModelSpec:
+def _spec_of(found: Found, config: Config, *, tokenizer: Any, labels: Labels) -> ModelSpec:
     """The spec of a checkpoint's model, from what lies in the run folder alone where that is enough.
 
     The model that a run began from (`model.path`) may be gone, and the attention kernel that it trained with may not be
@@ -216,18 +271,15 @@ def _spec_of(found: Found, config: Config, *, vocab_size: int) -> ModelSpec:
     """
     model = config.model
     described = found.folder.parent.parent / MODEL_CONFIG
-    if model.spec is None and not model.trust_remote_code and described.is_dir():
-        from transformers import AutoConfig
+    if model.spec is None and not model.trust_remote_code and config.task.kind != "multi_task" and described.is_dir():
+        from distllm.models.hf import spec_from_config
 
-        from distllm.models.hf import quiet, spec_from_config
-
-        try:
-            with quiet():
-                return spec_from_config(AutoConfig.from_pretrained(described, trust_remote_code=False))
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{described}: not the config of a model: {' '.join(str(error).split())[:200]}") from error
-    anywhere = model.model_copy(update={"attention": "auto"})
-    return resolve_spec(config.model_copy(update={"model": anywhere}), vocab_size=vocab_size)
+        return spec_from_config(read_model_config(described), task=config.task.kind)
+    anywhere = model.model_copy(update={"attention": "auto", "weights": None})
+    return resolve_spec(
+        config.model_copy(update={"model": anywhere}), vocab_size=id_count(tokenizer), labels=outputs_of(labels),
+        roles=None if tokenizer.eos_token_id is None else roles_of(tokenizer), label_names=labels.get("", ()),
+    )  # fmt: skip
 
 
 def _tokenizer_folder(found: Found) -> Path:
@@ -237,10 +289,9 @@ def _tokenizer_folder(found: Found) -> Path:
     return folder
 
 
-def _filled(found: Found, spec: ModelSpec, *, seed: int, device: torch.device) -> nn.Module:
+def _filled(saved: dict[str, torch.Tensor], spec: ModelSpec, *, seed: int, device: torch.device) -> nn.Module:
     """The model with a checkpoint's tensors; what is not kept in one (rotary tables) is computed."""
     model = meta_model(spec)
-    saved = dict(read_full(found, names_prefix="model."))
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     rest = set(names) - saved.keys()
     # Without the weights that the run began from: what a checkpoint has not is computed, not read.
@@ -257,35 +308,30 @@ def _device_of(model: nn.Module, fallback: torch.device) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), fallback)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text") from None
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of transformers
 
 
-def _windows(source: Source, text: str) -> Iterator[tuple[list[int], list[int]]]:
-    """Inputs and labels of a text, seq_len at a time, every token predicted once but the very first."""
-    ids: list[int] = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    for start in range(0, len(ids) - 1, source.seq_len):
-        inputs = ids[start : start + source.seq_len]
-        labels = ids[start + 1 : start + source.seq_len + 1]
-        padding = source.seq_len - len(labels)
-        yield inputs[: len(labels)] + [0] * padding, labels + [IGNORE] * padding
-
-
-def _batches(source: Source, documents: Sequence[str], size: int) -> Iterator[Batch]:
-    rows = [row for text in documents for row in _windows(source, text)]
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        inputs, labels = torch.tensor([r[0] for r in part]), torch.tensor([r[1] for r in part])
-        yield Batch({"input_ids": inputs}, {"labels": labels}, tuple(range(start, start + len(part))))
-
-
-def _validation(source: Path, size: int) -> Iterator[Batch]:
-    config = read_config(find(source, logger=log).folder)
-    samples = Samples(open_prepared(config), config)
-    return validation_batches(samples, micro_batch=size, dp_rank=0, dp_size=1, limit=0)
+def _open_folder(source: str, *, device: torch.device, scratch: Path, trust: bool) -> Source:
+    """A model folder, with the config that a run of the same task would have."""
+    model, tokenizer = load_for_inference(
+        source, device=str(device), offload_folder=scratch / "offload", trust_remote_code=trust
+    )
+    if id_count(tokenizer) > model.config.vocab_size:
+        raise DataError(f"{source}: the tokenizer has {id_count(tokenizer)} ids, the model only {model.config.vocab_size}")
+    kind, limit = task_of(model.config), max_positions(model.config)
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:  # BERT's tokenizers name no end
+        tokenizer.eos_token = tokenizer.sep_token
+    names = labels_of(model.config) if kind == "classification" else ()
+    folder = Path(source)
+    if not (folder / "tokenizer.json").is_file():
+        folder = scratch / "tokenizer"
+        tokenizer.save_pretrained(folder)
+    config = Config(
+        task=TaskConfig(kind=kind, labels=list(names)), model=ModelConfig(path=source),
+        data=DataConfig(seq_len=min(limit or 1024, 1024)),
+    )  # fmt: skip
+    labels = {"": names} if kind in ("classification", "regression") else {}
+    start = getattr(model.config, "decoder_start_token_id", None) if kind == "seq2seq" else None
+    types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
+    return Source(source, model, tokenizer, folder, _device_of(model, device), limit, config, labels, start, types, None)

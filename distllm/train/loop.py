@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -10,14 +9,14 @@ from dataclasses import replace
 
 from distllm.comm import Agreement
 from distllm.config.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, DivergedError
-from distllm.data.batch import Batch
-from distllm.data.loader import step_batches, validation_batches
+from distllm.data.loader import Step, step_batches
 from distllm.engine.base import Skipped, StepOut
-from distllm.evaluate import Evaluation, evaluate
+from distllm.track.noise import NoiseScale
 from distllm.track.progress import Progress
 from distllm.train.build import Position, Run, close, save
 from distllm.train.ending import sample_text, tell_end, tell_if_done
 from distllm.train.signals import StopRequest
+from distllm.train.validate import validate
 
 
 def due(step: int, every: int) -> bool:
@@ -48,15 +47,19 @@ def train_steps(run: Run) -> int:
     t, every, engine, meter = run.config.train, run.config.checkpoint.every, run.engine, run.meter
     at, step, clock = run.start, engine.updates, _Clock(run.start.seconds)
     agreement, stopping, saved = Agreement(run.world, flags=3), False, False
+    enough = 0 < t.patience <= at.best.bad
+    noise_scale = NoiseScale()
+    keeps_best = t.keep_best or t.patience > 0
     rhythms = (t.log_every, t.eval_every, t.sample_every, every)
     bar = Progress(t.steps, start=step, terminal=run.world.is_main)
     with StopRequest() as request, bar, closing(_step_batches(run)) as batches:
-        while step < t.steps and not stopping:
+        while step < t.steps and not stopping and not enough:
             with meter.waiting():
-                microbatches = next(batches)
-            out = engine.train_step(microbatches, samples=range(at.samples, at.samples + run.resolved.global_batch))
-            meter.step(out.tokens)
-            at = replace(at, samples=at.samples + run.resolved.global_batch, tokens=at.tokens + out.tokens)
+                data = next(batches)
+            noise = run.config.track.noise_scale and due(step + 1, t.log_every)
+            out = engine.train_step(data.microbatches, samples=data.samples, noise=noise)
+            meter.step(data.tokens)
+            at = replace(at, samples=data.samples.stop, tokens=at.tokens + data.tokens)
             at = _tell_skips(run, at, out.skipped)
             late = clock.late(run.config.checkpoint.every_minutes)
             stopping, late, torn = agreement.exchange([request.received is not None, late, run.checkpoints.write_failed()])
@@ -64,24 +67,30 @@ def train_steps(run: Run) -> int:
             if stopping or late or torn or engine.step >= t.steps or any(due(engine.step, n) for n in rhythms):
                 at = _tell_skips(run, at, engine.settle())  # whether this step was taken is known before it is acted on
             before, step, saved = step, engine.step, False
-            fresh = step > before  # a skipped step is as if it had never been taken: what was due was done
+            fresh, best = step > before, False  # a skipped step is as if it had never been taken: what was due was done
             bar.advance(step)
             if torn:
                 run.checkpoints.wait()  # raises what kept the last checkpoint from being written
             if fresh and (due(step, t.log_every) or step == t.steps):
-                bar.advance(step, _log_step(run, step, at, out, clock))
+                bar.advance(step, _log_step(run, step, at, out, clock, noise_scale))
             if fresh and due(step, t.eval_every) and step < t.steps:
-                at, _ = validate(run, step, at, limit=t.eval_batches)
+                at, _, judgement = validate(run, step, at, limit=t.eval_batches)
+                best, enough = keeps_best and judgement.improved, judgement.stop
             if fresh and due(step, t.sample_every) and step < t.steps:
                 sample_text(run, step)
-            if (fresh and (due(step, every) or step == t.steps)) or late or stopping:
+            if (fresh and (due(step, every) or step == t.steps)) or late or stopping or best or enough:
                 with meter.pause():
                     save(run, position=replace(at, seconds=clock.total()))
+                    if best:
+                        run.checkpoints.mark_best(step)
                 saved = clock.saved()
         agreement.last()
         last, sample = None, None
         if not stopping:
-            at, last = validate(run, step, at, limit=0)
+            at, last, judgement = validate(run, step, at, limit=0)
+            if keeps_best and judgement.improved:
+                save(run, position=replace(at, seconds=clock.total()))
+                run.checkpoints.mark_best(step)
             sample = sample_text(run, step)
         run.checkpoints.wait()
     code = EXIT_STOPPED if stopping else EXIT_OK
@@ -89,48 +98,23 @@ def train_steps(run: Run) -> int:
     return code
 
 
-def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position, Evaluation]:
-    """Evaluate on the validation samples and record the result.
-
-    Args:
-        run: the run.
-        step: the present step.
-        at: the position, for the best loss so far.
-        limit: micro-batches a rank evaluates; 0: all.
-
-    Returns:
-        The position with the best loss brought up to date, and the evaluation.
-    """
-    with run.meter.pause():
-        batches = validation_batches(
-            run.samples, micro_batch=run.resolved.micro_batch, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size,
-            limit=limit,
-        )  # fmt: skip
-        result = evaluate(run.engine.eval_step, batches, group=run.mesh.dp_group, device=run.world.device)
-    run.tracker.log(step, result.as_metrics())
-    accuracy = "" if result.accuracy is None else f", accuracy {100 * result.accuracy:.1f} %"
-    run.log.info(f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{accuracy}")
-    if math.isfinite(result.loss) and (at.best_val_loss is None or result.loss < at.best_val_loss):
-        at = replace(at, best_val_loss=result.loss, best_step=step)
-    return at, result
-
-
-def _step_batches(run: Run) -> Generator[list[Batch]]:
+def _step_batches(run: Run) -> Generator[Step]:
     return step_batches(
-        run.samples, start=run.start.samples, micro_batch=run.resolved.micro_batch,
-        accumulation=run.resolved.accumulation, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size,
+        run.samples, start=run.start.samples, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size,
         prefetch=run.config.data.prefetch, pin=run.world.device.type == "cuda",
     )  # fmt: skip
 
 
-def _log_step(run: Run, step: int, at: Position, out: StepOut, clock: _Clock) -> str:
+def _log_step(run: Run, step: int, at: Position, out: StepOut, clock: _Clock, noise_scale: NoiseScale) -> str:
     """Record a step's figures; the one place where the host waits for the device. Returns the progress bar's text."""
     loss, norm = float(out.loss), float(out.grad_norm)
     speed = run.meter.read()
+    if out.noise is not None:
+        noise_scale.update(*out.noise.tolist())
     run.tracker.log(
         step,
         {"samples": at.samples, "tokens": at.tokens, "loss": loss, "grad_norm": norm, "lr": out.lr, **speed,
-         "skipped": at.skipped, "time_s": clock.total()},
+         "skipped": at.skipped, "time_s": clock.total(), "noise_scale": noise_scale.value()},
     )  # fmt: skip
     rate, wait = speed.get("tokens_per_s"), speed.get("data_wait_share")
     text = f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def decaying_names(model: nn.Module, *, embeddings: bool) -> frozenset[str]:
 
 
 def make_optimizer(
-    config: OptimConfig, *, model: nn.Module, device: torch.device
+    config: OptimConfig, *, model: nn.Module, device: torch.device, scales: Mapping[str, float] | None = None
 ) -> Callable[[LocalParameters], torch.optim.Optimizer]:
     """A function that makes the configured optimizer of the local parameters.
 
@@ -38,15 +38,20 @@ def make_optimizer(
             arXiv 1711.05101), and an L2 term of the gradient in adam, sgd and rmsprop, as torch has it.
         model: names the parameters that decay.
         device: where they lie; decides between fused and foreach.
+        scales: what the learning rate of each parameter is multiplied by, by name; None: 1. A group has it as `lr_scale`.
     """
     decays = decaying_names(model, embeddings=config.decay_embeddings)
 
     def build(parameters: LocalParameters) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in parameters.local.items() if n in decays], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in parameters.local.items() if n not in decays], "weight_decay": 0.0},
+        groups: dict[tuple[bool, float], list[torch.Tensor]] = {}
+        for name, local in parameters.local.items():  # the trainable ones
+            scale = 1.0 if scales is None else scales[name]
+            groups.setdefault((name in decays, scale), []).append(local)
+        options: list[dict[str, Any]] = [
+            {"params": params, "weight_decay": config.weight_decay if decay else 0.0, "lr_scale": scale}
+            for (decay, scale), params in groups.items()
         ]
-        return _optimizer(config, [g for g in groups if g["params"]], device)
+        return _optimizer(config, options, device)
 
     return build
 

@@ -21,7 +21,7 @@ ONE = World(0, 1, 0, 1, torch.device("cpu"))
 LOGGER = logging.getLogger("tests.checkpoint")
 SHAPES = {"model.w": (7, 5), "model.b": (3,), "optim.w.exp_avg": (7, 5), "optim.w.step": (), "model.none": (0, 4)}
 ABOUT = {"facts": {"samples": 12}, "layout": {"dp_shard": 1}, "config_yaml": "name: run\n", "config_digest": "abc"}
-SYSTEM_CALLS = ["open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir"]
+SYSTEM_CALLS = ["open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "symlink"]
 
 
 def tensors(version: int) -> dict[str, torch.Tensor]:

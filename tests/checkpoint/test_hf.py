@@ -16,10 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from distllm.checkpoint import hf
 from distllm.checkpoint.hf import export
 from distllm.config.errors import DataError, StorageError
-from distllm.config.schema import Config, DataConfig, ModelConfig
+from distllm.config.schema import Config, DataConfig, HeadConfig, ModelConfig, TaskConfig, TokenizerConfig
+from distllm.data.tokenizer import make_tokenizer, roles_of
 from distllm.models.build import initial_tensors, resolve_spec
 from distllm.models.spec import ModelSpec
 from tests.models.families import FAMILIES, VOCABULARY, filled, random_ids, spec_of
+from tests.models.heads import CASES as HEADS
+from tests.models.heads import LABELS, batch_of, head_config, head_spec
 
 
 @pytest.fixture
@@ -178,3 +181,101 @@ def test_an_own_module(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["distllm.json", "model.safetensors"]
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensors[name], value) for name, value in initial_tensors(spec, seed=1))
+
+
+AUTO = {
+    "masked_lm": transformers.AutoModelForMaskedLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+}
+
+
+@pytest.mark.parametrize(("kind", "task"), [*HEADS, ("bert", "regression")])
+def test_plain_transformers_gives_equal_logits_from_every_head(kind: str, task: str, tmp_path: Path) -> None:
+    spec = head_spec(kind, task, labels=1 if task == "regression" else LABELS)
+    ours = exported(spec, tmp_path / "out")
+    theirs, info = AUTO[task].from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()) and type(theirs).__name__ == spec.hf_config.architectures[0]
+    inputs = batch_of(task).inputs
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(**inputs).logits, ours(**inputs).logits)
+    for name, buffer in ours.named_buffers():
+        assert torch.equal(buffer, theirs.get_buffer(name)), name
+    assert (tmp_path / "out" / "generation_config.json").exists() == (task == "seq2seq")
+    facts = json.loads((tmp_path / "out" / "distllm.json").read_text())
+    assert (facts["task"], facts["base"]) == (task, spec.base)
+    sizes = {"": 1 if task == "regression" else LABELS} if task in ("classification", "regression") else {}
+    config = Config(
+        task=TaskConfig(kind=task), model=ModelConfig(path=str(tmp_path / "out")), data=DataConfig(seq_len=16)  # type: ignore[arg-type]
+    )
+    again = resolve_spec(config, vocab_size=120, labels=sizes, roles=None)
+    before, after = dict(initial_tensors(spec, seed=1)), dict(initial_tensors(again, seed=2))
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture
+def roles_folder(tmp_path: Path) -> Path:
+    """A byte tokenizer with tokens for padding, beginning and mask."""
+    make_tokenizer(TokenizerConfig(kind="bytes"), iter([]), tmp_path / "tokenizer", roles=True)
+    return tmp_path / "tokenizer"
+
+
+def fitted(kind: str, task: str, folder: Path, **more: Any) -> ModelSpec:
+    """The spec of a family for the tokenizer of a folder."""
+    roles = roles_of(transformers.AutoTokenizer.from_pretrained(folder))
+    return resolve_spec(head_config(kind, task), vocab_size=260, labels={"": 2}, roles=roles, **more)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2"])
+def test_a_classifier_and_its_tokenizer_work_in_plain_transformers(kind: str, tmp_path: Path, roles_folder: Path) -> None:
+    spec = fitted(kind, "classification", roles_folder, label_names=("bad", "good"))
+    ours = exported(spec, tmp_path / "out", tokenizer_folder=roles_folder)
+    classify = transformers.pipeline("text-classification", str(tmp_path / "out"), device="cpu")
+    (found,) = classify("fine")
+    inputs = torch.tensor([[258, *b"fine", 256]])
+    with torch.no_grad():
+        wanted = ours(input_ids=inputs).logits.softmax(-1)[0]
+    assert found["label"] == ("bad", "good")[int(wanted.argmax())] and found["score"] == pytest.approx(wanted.max().item())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    pair = tokenizer("a", "bc", return_tensors="pt")
+    assert pair["input_ids"].tolist() == [[258, 97, 256, 98, 99, 256]]
+    assert ("token_type_ids" in pair) == (kind in ("bert", "roberta"))
+    if "token_type_ids" in pair:
+        assert pair["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
+    with torch.no_grad():
+        assert ours(**pair).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["bart", "marian", "t5"])
+def test_a_translator_generates_in_plain_transformers(kind: str, tmp_path: Path, roles_folder: Path) -> None:
+    spec = fitted(kind, "seq2seq", roles_folder)
+    ours = exported(spec, tmp_path / "out", tokenizer_folder=roles_folder)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    config = model.generation_config
+    assert (config.decoder_start_token_id, config.pad_token_id, config.eos_token_id) == (258, 257, 256)
+    assert config.max_length == (512 if kind == "t5" else 16)
+    inputs = tokenizer("one two", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    out = model.generate(**inputs, num_beams=1, do_sample=False, max_length=6)
+    ids = torch.tensor([[258]])
+    with torch.no_grad():
+        for _ in range(out.shape[1] - 1):
+            logits = ours(**inputs, decoder_input_ids=ids).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(out[:, :-1], ids[:, :-1])  # the last may be forced to be the end
+
+
+def test_a_model_of_several_tasks_exports_its_body(tmp_path: Path) -> None:
+    config = Config(
+        task=TaskConfig(kind="multi_task", tasks={"a": HeadConfig(), "m": HeadConfig(kind="masked_lm")}),
+        model=head_config("bert", "masked_lm").model, data=DataConfig(seq_len=16),
+    )  # fmt: skip
+    spec = resolve_spec(config, vocab_size=120, labels={"a": 2}, roles=None)
+    ours = exported(spec, tmp_path / "out")
+    theirs, info = transformers.AutoModel.from_pretrained(tmp_path / "out", add_pooling_layer=False, output_loading_info=True)
+    assert not info["missing_keys"] and all(name.startswith("heads.") for name in info["unexpected_keys"])
+    inputs = batch_of("classification").inputs
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(**inputs).last_hidden_state, ours.bert(**inputs).last_hidden_state)

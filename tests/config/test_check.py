@@ -43,7 +43,7 @@ def test_the_defaults_are_sound() -> None:
         ("data.sources.0.path=a.jsonl", "data.sources.0.path=a.jsonl: the embedded source has no path; nearest: data.sources.0.kind=jsonl"),
         ("data.sources.0.kind=csv", "data.sources.0.path=null: kind csv needs a path; nearest: data.sources.0.kind=embedded"),
         ("data.validation.sources=[{kind: text}]", "data.validation.sources.0.path=null: kind text needs a path; nearest: data.validation.sources.0.kind=embedded"),
-        ("data.sources=[{kind: text, path: x, column: body}]", "data.sources.0.column=body: is for kind csv, hub, jsonl, parquet, not text; nearest: text"),
+        ("data.sources=[{kind: text, path: x, column: body}]", "data.sources.0.column=body: is for kind csv, hub, jsonl, parquet, tsv, not text; nearest: text"),
         ("data.sources=[{kind: tokens, path: x.bin}] data.tokenizer.kind=bytes", "data.sources.0.path=x.bin: is the path without its ending; nearest: x"),
         ("data.sources=[{kind: tokens, path: x}]", "data.tokenizer.kind=bpe: a source of kind tokens is already tokenised, so the tokenizer cannot be learned from it; nearest: hf with data.tokenizer.path, or bytes"),
         ("data.tokenizer.kind=hf", "data.tokenizer.path=null: kind hf needs a folder, a tokenizer.json or a hub name; nearest: data.tokenizer.kind=bpe"),

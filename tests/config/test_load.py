@@ -126,7 +126,7 @@ zzz: 1
             "train.log_every=[: must be a whole number above 0, written as YAML",
             "name=a b: must be 1 to 100 letters, digits, dots, dashes and underscores, the first a letter or a digit; nearest: a-b",
             "model=llama: must be a section with keys of its own",
-            "data.sources.0.kind=txt: must be one of embedded, text, jsonl, csv, parquet, hub, tokens; nearest: text",
+            "data.sources.0.kind=txt: must be one of embedded, text, jsonl, csv, tsv, parquet, hub, parallel, tokens; nearest: text",
             "data.sources.0.paht=3: unknown key; nearest: data.sources.0.path",
             "data.seq_len=2.5: must be a whole number above 0; nearest: 2",
             "data.shuffle=yes: must be true or false; nearest: true",
@@ -141,7 +141,7 @@ zzz: 1
             'train.timeout_s="12": must be a whole number above 0; nearest: 12',
             "train.stpes=5: unknown key; nearest: train.steps",
             "lr=3: unknown key; nearest: optim.lr",
-            "zzz=1: unknown key; known here: name, out, seed, resume, device, model, data, layout, precision, activation, optim, "
+            "zzz=1: unknown key; known here: name, out, seed, resume, device, task, model, tune, distill, decode, data, layout, precision, activation, optim, "
             "schedule, train, checkpoint, track",
         ]
     )  # fmt: skip
@@ -223,6 +223,8 @@ def random_value(kind: Kind, draw: random.Random, name: str) -> Any:
         return draw.choice([1, 257, 10**draw.randrange(3, 18)]) if name != "vocab_size" else draw.randrange(257, 10**6)
     if kind.what == "number":
         top = kind.at_most if kind.at_most is not None else draw.choice([1.0, 1e-12, 1e22, 7.0])
+        if kind.below is not None:
+            return draw.random() * kind.below or kind.below / 2
         return draw.choice([draw.random() * top, top, 0.0 if kind.above is None else top])
     if kind.what == "flag":
         return draw.random() < 0.5

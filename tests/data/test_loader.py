@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Generator
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 from distllm.config.errors import DataError
 from distllm.config.schema import Config
 from distllm.data.batch import IGNORE, Batch
-from distllm.data.loader import Samples, step_batches, validation_batches
+from distllm.data.loader import Step, step_batches, validation_batches
+from distllm.data.packed_text import PackedText
 from distllm.data.prepare import prepare
 from distllm.data.store import TokenStore, dtype_for, write_store
 from tests.data.conftest import config_for, prose, write_lines
@@ -29,14 +32,14 @@ def unique_tokens(folder: Path, *, documents: int = 60, first: int = 300, name: 
     return {"kind": "tokens", "path": str(folder / name)}
 
 
-def samples_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> Samples:
+def samples_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> PackedText:
     """Samples of a token source; its ids need no tokenizer of that size."""
     monkeypatch.setattr("distllm.data.prepare.largest_id", lambda store: 0)
-    return Samples(prepare(config), config)
+    return PackedText(prepare(config), config)
 
 
 @pytest.fixture
-def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Samples:
+def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackedText:
     sources = [unique_tokens(tmp_path), {**unique_tokens(tmp_path, first=5000, name="other"), "weight": 0.5}]
     return samples_of(config_for(tmp_path / "store", sources=sources, seq_len=16, validation={"fraction": 0.2}), monkeypatch)
 
@@ -54,19 +57,25 @@ def sequence(batches: list[list[list[Batch]]], *, accumulation: int, dp_size: in
     return ids, np.concatenate(rows)
 
 
-def take(samples: Samples, steps: int, *, start: int = 0, micro: int = 2, accumulation: int = 1, rank: int = 0, size: int = 1,
+def steps_of(
+    samples: PackedText, *, start: int = 0, micro: int = 2, accumulation: int = 1, rank: int = 0, size: int = 1, prefetch: int = 2
+) -> Generator[Step]:
+    samples.resolved = replace(
+        samples.resolved, micro_batch=micro, accumulation=accumulation, dp_size=size, global_batch=micro * accumulation * size
+    )
+    return step_batches(samples, start=start, dp_rank=rank, dp_size=size, prefetch=prefetch, pin=False)
+
+
+def take(samples: PackedText, steps: int, *, start: int = 0, micro: int = 2, accumulation: int = 1, rank: int = 0, size: int = 1,
          prefetch: int = 3) -> list[list[Batch]]:  # fmt: skip
-    batches = step_batches(
-        samples, start=start, micro_batch=micro, accumulation=accumulation, dp_rank=rank, dp_size=size, prefetch=prefetch,
-        pin=False,
-    )  # fmt: skip
-    taken = list(islice(batches, steps))
-    batches.close()  # type: ignore[attr-defined]
+    batches = steps_of(samples, start=start, micro=micro, accumulation=accumulation, rank=rank, size=size, prefetch=prefetch)
+    taken = [step.microbatches for step in islice(batches, steps)]
+    batches.close()
     return taken
 
 
 @pytest.mark.parametrize("cross_documents", [True, False])
-def test_the_order_is_one_sequence_for_any_ranks_and_after_a_resume(samples: Samples, cross_documents: bool) -> None:
+def test_the_order_is_one_sequence_for_any_ranks_and_after_a_resume(samples: PackedText, cross_documents: bool) -> None:
     samples.cross_documents = cross_documents
     expected = samples.train_batch(range(48)).inputs["input_ids"].numpy()
     for dp_size, accumulation, micro in ((1, 1, 12), (2, 1, 6), (2, 3, 2), (3, 2, 2), (4, 1, 3), (4, 3, 1), (1, 12, 1)):
@@ -79,7 +88,7 @@ def test_the_order_is_one_sequence_for_any_ranks_and_after_a_resume(samples: Sam
         assert ids == list(range(12, 48)) and np.array_equal(rows, expected[12:])
 
 
-def test_a_layout_may_change_at_a_resume(samples: Samples) -> None:
+def test_a_layout_may_change_at_a_resume(samples: PackedText) -> None:
     """4 ranks, then 2, then 3, each from the number of samples consumed."""
     seen: list[int] = []
     for size in (4, 2, 3):
@@ -134,7 +143,7 @@ def test_the_split_leaks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("cross_documents", [True, False])
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
-def test_validation_covers_every_token_once(samples: Samples, dp_size: int, cross_documents: bool) -> None:
+def test_validation_covers_every_token_once(samples: PackedText, dp_size: int, cross_documents: bool) -> None:
     samples.cross_documents = cross_documents
     ranks = [list(validation_batches(samples, micro_batch=3, dp_rank=r, dp_size=dp_size, limit=0)) for r in range(dp_size)]
     assert len({len(r) for r in ranks}) == 1
@@ -154,7 +163,7 @@ def test_validation_covers_every_token_once(samples: Samples, dp_size: int, cros
     assert set(labels) == expected and set(labels.values()) == {1}
 
 
-def test_a_limit_spreads_over_the_whole_validation_text(samples: Samples) -> None:
+def test_a_limit_spreads_over_the_whole_validation_text(samples: PackedText) -> None:
     size = samples.validation_size
     seen = []
     for rank in range(2):
@@ -166,7 +175,7 @@ def test_a_limit_spreads_over_the_whole_validation_text(samples: Samples) -> Non
     assert sorted(i for b in more_than_all for i in b.sample_ids if i >= 0) == list(range(size))
 
 
-def test_attention_inside_documents(samples: Samples) -> None:
+def test_attention_inside_documents(samples: PackedText) -> None:
     samples.cross_documents = False
     begins = {int(o) for s in samples.train for o in s.store.tokens[s.store.offsets[:-1]]}
     batch = samples.train_batch(range(samples.train_size))
@@ -188,7 +197,7 @@ def test_tiny_shakespeare_is_cut_as_everybody_cuts_it(tmp_path: Path, shakespear
         validation={"by": "position", "fraction": 0.1},
     )  # fmt: skip
     prepared = prepare(config)
-    samples = Samples(prepared, config)
+    samples = PackedText(prepared, config)
     text = shakespeare.read_text()
     assert prepared.vocab_size == len(set(text)) + 1
     number = {c: i for i, c in enumerate(sorted(set(text)))}
@@ -210,7 +219,7 @@ def test_unigram_loss_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         tmp_path / "store", sources=sources, validation={"sources": [{"kind": "tokens", "path": str(tmp_path / "v")}]}, seq_len=4,
         cross_documents=cross_documents,
     )  # fmt: skip
-    samples = Samples(prepare(config), config)
+    samples = PackedText(prepare(config), config)
 
     def p(a: int, b: int) -> float:
         return 0.75 * (a + 1) / (80 + 257) + 0.25 * (b + 1) / (40 + 257)
@@ -223,12 +232,12 @@ def test_unigram_loss_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert sum(int((b.targets["labels"] != IGNORE).sum()) for b in batches) == len(labels)
 
 
-def test_a_unigram_of_a_large_text_counts_pieces(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unigram_of_a_large_text_counts_pieces(samples: PackedText, monkeypatch: pytest.MonkeyPatch) -> None:
     samples.vocab_size = 10_000
     exact = samples.unigram_loss()
-    monkeypatch.setattr("distllm.data.loader.COUNTED_AT_ONCE", 10)
+    monkeypatch.setattr("distllm.data.packed_text.COUNTED_AT_ONCE", 10)
     assert samples.unigram_loss() == pytest.approx(exact, rel=1e-12)
-    monkeypatch.setattr("distllm.data.loader.COUNTED", 200)
+    monkeypatch.setattr("distllm.data.packed_text.COUNTED", 200)
     assert samples.unigram_loss() == pytest.approx(exact, rel=0.1)
 
 
@@ -238,7 +247,7 @@ def lines(tmp_path: Path, documents: int) -> list[dict[str, Any]]:
 
 def refused(config: Config) -> str:
     with pytest.raises(DataError) as error:
-        Samples(prepare(config), config)
+        PackedText(prepare(config), config)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -254,7 +263,7 @@ def test_a_text_shorter_than_a_sample_names_the_longest_that_works(tmp_path: Pat
     assert "data.seq_len=5000" in message
     longest = int(nearest(message, "data.seq_len"))
     config = config_for(tmp_path / "s", sources=sources, seq_len=longest)
-    assert Samples(prepare(config), config).train_size == 1
+    assert PackedText(prepare(config), config).train_size == 1
     assert nearest(refused(config_for(tmp_path / "s", sources=sources, seq_len=longest + 1)), "data.seq_len") == str(longest)
 
 
@@ -266,7 +275,7 @@ def test_no_validation_text_names_a_fraction_that_works(tmp_path: Path, by: str)
     assert "data.validation.fraction=0.0: no validation text" in message
     works = float(message.split("; ")[1].split()[0])
     config = config_for(tmp_path / "s", sources=sources, seq_len=8, validation={"by": by, "fraction": works})
-    assert Samples(prepare(config), config).validation_size > 0
+    assert PackedText(prepare(config), config).validation_size > 0
 
 
 def test_everything_held_out_and_one_document(tmp_path: Path) -> None:
@@ -278,21 +287,21 @@ def test_everything_held_out_and_one_document(tmp_path: Path) -> None:
     assert "use data.validation.by=position" in refused(config)
 
 
-def test_the_thread_ends_with_the_iterator(samples: Samples) -> None:
+def test_the_thread_ends_with_the_iterator(samples: PackedText) -> None:
     before = threading.active_count()
     for n in (1, 2, 8):
-        batches = step_batches(samples, start=0, micro_batch=2, accumulation=1, dp_rank=0, dp_size=1, prefetch=n, pin=False)
+        batches = steps_of(samples, prefetch=n)
         next(batches)
         assert threading.active_count() == before + 1
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
         assert threading.active_count() == before
-    batches = step_batches(samples, start=0, micro_batch=2, accumulation=1, dp_rank=0, dp_size=1, prefetch=2, pin=False)
+    batches = steps_of(samples, prefetch=2)
     next(batches)
     del batches
     assert threading.active_count() == before
 
 
-def test_an_error_in_the_thread_reaches_the_consumer_at_its_step(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_thread_reaches_the_consumer_at_its_step(samples: PackedText, monkeypatch: pytest.MonkeyPatch) -> None:
     real = samples.train_batches
 
     def failing(ids: Any) -> list[Batch]:
@@ -302,7 +311,7 @@ def test_an_error_in_the_thread_reaches_the_consumer_at_its_step(samples: Sample
 
     monkeypatch.setattr(samples, "train_batches", failing)
     before = threading.active_count()
-    batches = step_batches(samples, start=0, micro_batch=2, accumulation=1, dp_rank=0, dp_size=1, prefetch=4, pin=False)
+    batches = steps_of(samples, prefetch=4)
     good = 0
     with pytest.raises(OSError, match="the disk is gone"):
         for _ in batches:
@@ -315,14 +324,15 @@ def test_a_forgotten_iterator_does_not_hold_the_process(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from distllm.data.loader import Samples, step_batches
+from distllm.data.loader import step_batches
+from distllm.data.packed_text import PackedText
 from distllm.data.prepare import prepare
 from tests.data.conftest import config_for
 folder = Path(sys.argv[1])
 source = {"kind": "text", "path": str(folder / "l.txt"), "document": "line"}
 config = config_for(folder / "s", sources=[source], seq_len=8)
-samples = Samples(prepare(config), config)
-kept = step_batches(samples, start=0, micro_batch=2, accumulation=1, dp_rank=0, dp_size=1, prefetch=2, pin=False)
+samples = PackedText(prepare(config), config)
+kept = step_batches(samples, start=0, dp_rank=0, dp_size=1, prefetch=2, pin=False)
 next(kept)
 print("end")
 """
@@ -331,7 +341,7 @@ print("end")
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
-def test_large_steps_are_not_made_far_ahead(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_steps_are_not_made_far_ahead(samples: PackedText, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 steps ahead of a long sequence with a mask [S, S] would be more memory than the model."""
     made: list[int] = []
     real = samples.train_batches

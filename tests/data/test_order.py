@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from distllm.data.order import Order, held_out, key_of, permute
+from distllm.data.order import Order, divided, held_out, key_of, keys_of, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 1023, 4097])
@@ -113,3 +113,24 @@ def test_a_permutation_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     for start in range(0, 18_000, 128):
         permute(np.arange(start, start + 128), size=18_065, key=1)
     assert len(passes) <= 1.2 * order.ROUNDS * 141
+
+
+def test_many_keys_are_the_keys_one_by_one() -> None:
+    parts = np.array([0, 1, 7, 2**40])
+    assert keys_of(3, parts, -2, parts + 1).tolist() == [key_of(3, p, -2, p + 1) for p in parts.tolist()]
+    assert keys_of(keys_of(3, parts), 5).tolist() == [key_of(key_of(3, p), 5) for p in parts.tolist()]
+
+
+def test_the_epoch_is_told() -> None:
+    order = Order((10, 5), (0.5, 0.5), seed=1, shuffle=True)
+    source, sample, epoch = order.where(np.arange(1024))
+    for k, size in enumerate(order.sizes):
+        for e in range(3):
+            assert sorted(sample[(source == k) & (epoch == e)].tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+def test_neither_side_of_a_division_is_empty(fraction: float) -> None:
+    sides = [divided(n, fraction=fraction, seed=s) for n in (2, 3, 5000) for s in range(3)]
+    assert all(0 < side.sum() < len(side) for side in sides)
+    assert divided(1, fraction=fraction, seed=1).shape == (1,)

@@ -72,10 +72,12 @@ def test_every_optimizer_trains_alike_when_sharded(name: Any, tmp_path: Path) ->
     np.testing.assert_allclose(result["losses"], reference["losses"], rtol=0, atol=5e-6)
 
 
-def test_two_ranks_ddp_and_fsdp_agree_bitwise(tmp_path: Path) -> None:
+def test_two_ranks_ddp_and_fsdp_agree(tmp_path: Path) -> None:
+    """Bitwise before the first update; after it the clip factor's last bit depends on how a norm is added up."""
     ddp = on_ranks(lambda world: run_toy(world, Settings(replicate=2)), 2, tmp_path)[0]
     fsdp = on_ranks(lambda world: run_toy(world, Settings(shard=2)), 2, tmp_path)[0]
-    assert ddp["losses"] == fsdp["losses"]
+    assert ddp["losses"][0] == fsdp["losses"][0]
+    np.testing.assert_allclose(fsdp["losses"], ddp["losses"], rtol=2e-7, atol=0)
     for name, value in ddp["weights"].items():
         np.testing.assert_allclose(fsdp["weights"][name], value, rtol=0, atol=2e-6)
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from distllm.config.errors import ConfigError, DistllmError
-from distllm.config.schema import Config, ModelConfig
+from distllm.config.schema import Config, DataConfig, ModelConfig, TaskConfig
+from distllm.data.tokenizer import Roles
 from distllm.models.build import initial_tensors, meta_model, reset_parameters, resolve_spec
 from distllm.models.spec import ModelSpec
 from tests.models.families import FAMILIES, spec_of
@@ -238,6 +239,23 @@ def test_only_the_blocks_with_the_names_that_are_wanted_take_memory(monkeypatch:
     assert list(some) == [name] and torch.equal(some[name], every[name])
     assert made.count(tuple(every[name].shape)) <= 2 < 6  # up and gate of one block of three
     assert set(dict(initial_tensors(spec, seed=1, names={"model.rotary_emb.inv_freq"}))) == {"model.rotary_emb.inv_freq"}
+
+
+def taking_spec(*, vocab_size: int, seq_len: int, labels: int, pad_id: int, start_id: int) -> ModelSpec:
+    return small_spec(name=f"{vocab_size} {seq_len} {labels} {pad_id} {start_id}")
+
+
+def test_what_a_spec_function_is_given() -> None:
+    task = TaskConfig(kind="classification")
+    config = Config(model=ModelConfig(spec="tests.models.test_build:taking_spec"), task=task, data=DataConfig(seq_len=9))
+    roles = Roles(eos=0, pad=6, begin=7, separator=0, mask=8)
+    spec = resolve_spec(config, vocab_size=50, labels={"": 3}, roles=roles)
+    assert (spec.name, spec.task, spec.pad_id, spec.decoder_start) == ("50 9 3 6 7", "classification", 6, None)
+    with pytest.raises(ConfigError, match="missing a required argument: 'labels'"):
+        resolve_spec(config, vocab_size=50, roles=roles)
+    seq2seq = config.model_copy(update={"task": TaskConfig(kind="seq2seq")})
+    given = resolve_spec(seq2seq, vocab_size=50, labels={"": 3}, roles=replace(roles, begin=None))
+    assert (given.name, given.decoder_start) == ("50 9 3 6 6", 6)
 
 
 def short_spec() -> ModelSpec:

@@ -181,7 +181,7 @@ def test_transformers_keeps_its_own_verbosity() -> None:
 def test_only_trusted_code_is_fetched_from_the_hub(trust: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
-    from distllm.models.hf import weights_folder
+    from distllm.models.hf_folder import weights_folder
 
     asked: list[str] = []
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from distllm.checkpoint.hf import export
 from distllm.config.errors import DataError
-from distllm.generate import Sampling, generate
+from distllm.generate import Sampling, stream
 from distllm.models import inference
 from distllm.models.build import initial_tensors
 from distllm.models.inference import load_for_inference
@@ -30,7 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def greedy(model: torch.nn.Module) -> torch.Tensor:
-    return generate(model, input_ids=random_ids(2, 5), sampling=Sampling(8, temperature=0.0))
+    tokens = stream(model, input_ids=random_ids(2, 5), sampling=Sampling(8, temperature=0.0))
+    return torch.stack(list(tokens), dim=1)
 
 
 def test_one_device(folder: Path) -> None:

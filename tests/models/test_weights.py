@@ -51,7 +51,7 @@ def test_one_tensor_at_a_time_where_names_match(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(weights, "_converted", None)
     reads: list[str] = []
     read = weights._read
-    monkeypatch.setattr(weights, "_read", lambda path, key: reads.append(key) or read(path, key))
+    monkeypatch.setattr(weights, "_read", lambda path, key, opened: reads.append(key) or read(path, key, opened))
     tensors = initial_tensors(from_folder(tmp_path), seed=1)
     next(tensors)
     assert len(reads) == 1
@@ -100,7 +100,7 @@ def _reshape(tensors: dict[str, torch.Tensor]) -> None:
     [
         (_drop, r"lacks model\.layers\.1\.input_layernorm\.weight, .* and 4 more; these are not the weights"),
         (_add, r"also has model\.layers\.2\.mlp\.up_proj\.weight; these"),
-        (_reshape, r"has other shapes: model\.layers\.1\.mlp\.up_proj\.weight \(60, 32\), not \(64, 32\)"),
+        (_reshape, r"does not fit: model\.layers\.1\.mlp\.up_proj\.weight has shape \[60, 32\], the run needs \[64, 32\]"),
     ],
 )
 def test_weights_of_another_model(change: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path) -> None:

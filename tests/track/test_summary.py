@@ -6,8 +6,9 @@ from distllm.track.summary import Summary, duration, printable, render_summary
 RUN = Path("runs/quick start")
 FULL = Summary(
     run_folder=RUN, steps=300, total_steps=300, seconds=125.0, tokens=1_228_800, metrics=RUN / "metrics.jsonl",
-    resume_command="distllm train a.yaml train.steps=600", val_loss=3.25, val_perplexity=25.79,
-    val_accuracy=0.41, unigram_loss=6.5, best_val_loss=3.2, best_step=250, tokens_per_s=9830.4, skipped=2,
+    resume_command="distllm train a.yaml train.steps=600", val_loss=3.25,
+    figures={"perplexity": 25.79, "accuracy": 0.41}, unigram_loss=6.5, best_metric="val_loss",
+    best_value=3.2, best_step=250, tokens_per_s=9830.4, skipped=2,
     checkpoint=RUN / "checkpoints/step-300", prompt="def ", sample="f(x):\n\treturn x\x1b[31m",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,22 @@ from distllm.config.load import from_yaml, to_yaml
 from distllm.config.schema import ModelConfig
 from distllm.generate import Sampling
 from distllm.models.spec import ModelSpec
-from distllm.train.inference import evaluate_source, export_source, generate_source, is_run, open_source
+from distllm.train.ensemble import open_ensemble
+from distllm.train.evaluate_source import On, measure
+from distllm.train.generate_source import generate_source
+from distllm.train.inference import export_source, is_run, open_source
 from tests.ranks import on_ranks
 from tests.runs import metrics, run_tiny, tiny_config, words
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def measured(source: Path, *texts: Path) -> Mapping[str, float]:
+    return measure(open_ensemble([str(source)]), on=On(texts)).figures
+
+
+def written(source: Path, *prompts: str, sampling: Sampling, seed: int = 1) -> list[str]:
+    return list(generate_source(open_ensemble([str(source)]), prompts=prompts, sampling=sampling, seed=seed))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_evaluates_on_its_own_validation_data_as_it_did_in_training(trained: Path) -> None:
     logged = [line for line in metrics(trained) if "val_loss" in line][-1]
-    found = evaluate_source(str(trained), texts=[])
+    found = measured(trained)
     assert found["val_tokens"] == logged["val_tokens"]
     assert found["val_loss"] == pytest.approx(logged["val_loss"], rel=1e-6)
 
@@ -50,21 +62,21 @@ def test_a_run_evaluates_on_its_own_validation_data_as_it_did_in_training(traine
 def test_run_checkpoint_and_export_agree_on_a_text(trained: Path, exported: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(words(300, seed=99), encoding="utf-8")
-    found = [evaluate_source(str(s), texts=[text]) for s in (trained, trained / "checkpoints" / "step-40", exported)]
+    found = [measured(s, text) for s in (trained, trained / "checkpoints" / "step-40", exported)]
     assert found[0]["val_loss"] < math.log(256) and found[0]["val_tokens"] == len(text.read_bytes()) - 1
     for other in found[1:]:
         assert other["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-6)
     assert found[0]["bits_per_byte"] == pytest.approx(found[0]["val_loss"] / math.log(2), rel=1e-2)
-    assert evaluate_source(str(trained / "checkpoints" / "step-20"), texts=[text])["val_loss"] > found[0]["val_loss"]
+    assert measured(trained / "checkpoints" / "step-20", text)["val_loss"] > found[0]["val_loss"]
 
 
 def test_run_and_export_write_the_same_text(trained: Path, exported: Path) -> None:
-    texts = ["".join(generate_source(str(s), prompts=["ab "], sampling=Sampling(20), seed=5)) for s in (trained, exported)]
+    texts = ["".join(written(s, "ab ", sampling=Sampling(20), seed=5)) for s in (trained, exported)]
     assert texts[0] == texts[1] and len(texts[0]) > 5
-    assert "".join(generate_source(str(trained), prompts=["ab "], sampling=Sampling(20), seed=6)) != texts[0]
-    batch = list(generate_source(str(trained), prompts=["ab ", "longer prompt"], sampling=Sampling(5, temperature=0.0)))
+    assert "".join(written(trained, "ab ", sampling=Sampling(20), seed=6)) != texts[0]
+    batch = written(trained, "ab ", "longer prompt", sampling=Sampling(5, temperature=0.0))
     greedy = Sampling(5, temperature=0.0)
-    alone = ["".join(generate_source(str(trained), prompts=[p], sampling=greedy)) for p in ("ab ", "longer prompt")]
+    alone = ["".join(written(trained, p, sampling=greedy)) for p in ("ab ", "longer prompt")]
     assert batch == alone
 
 
@@ -81,13 +93,13 @@ def test_plain_transformers_loads_the_export_with_equal_logits(trained: Path, ex
 
 def test_what_cannot_be_used_is_told_in_one_line(trained: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no validation data of its own; give a text file, --text FILE"):
-        evaluate_source(str(exported), texts=[])
+        measured(exported)
     with pytest.raises(DataError, match="neither a run or checkpoint of distllm nor a model folder"):
-        next(generate_source(str(tmp_path), prompts=["a"], sampling=Sampling(1)))
+        written(tmp_path, "a", sampling=Sampling(1))
     broken = tmp_path / "latin.txt"
     broken.write_bytes(b"fine\nna\xefve\n")
     with pytest.raises(DataError, match=r"latin\.txt:2: not UTF-8 text"):
-        evaluate_source(str(trained), texts=[broken])
+        measured(trained, broken)
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         export_source(str(tmp_path), tmp_path / "out")
 

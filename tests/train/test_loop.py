@@ -23,6 +23,7 @@ from distllm.config.schema import Config
 from distllm.data.tokenizer import folder_digest
 from distllm.engine.base import LossTerms
 from distllm.train import loop
+from distllm.train import validate as validating
 from distllm.train.build import Run, build, close
 from distllm.train.loop import train
 from distllm.train.objectives import causal_lm
@@ -343,11 +344,11 @@ def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = in_process(tmp_path)
-    real, values = loop.evaluate, iter([math.nan, 3.0, 4.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: replace(real(*a, **k), loss=next(values)))
+    real, values = validating.evaluate, iter([math.nan, 3.0, 4.0])
+    monkeypatch.setattr(validating, "evaluate", lambda *a, **k: replace(real(*a, **k), loss=next(values)))
     assert train(made) == EXIT_OK
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
-    assert (summary["best_val_loss"], summary["best_step"]) == (3.0, 8)
+    assert (summary["best_value"], summary["best_step"]) == (3.0, 8)
 
 
 def test_a_write_that_failed_is_told_before_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

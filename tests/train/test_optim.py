@@ -81,3 +81,17 @@ def test_what_does_not_decay_has_no_penalty_either() -> None:
     penalty(local)
     touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert touched == decaying_names(model, embeddings=False)
+
+
+def test_a_group_for_each_decay_and_scale_and_only_what_learns() -> None:
+    model = Toy()
+    model.layers[0].requires_grad_(False)
+    scales = {name: 0.5 if name.startswith("layers.1.") else 1.0 for name, _ in model.named_parameters()}
+    local = LocalParameters(model)
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.1), model=model, device=CPU, scales=scales)(local)
+    names = {id(p): name for name, p in local.local.items()}
+    groups = {(g["weight_decay"], g["lr_scale"]): {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+    assert len(optimizer.param_groups) == 4 and len(local.local) == 13
+    assert groups[0.1, 0.5] == {"layers.1.up.weight", "layers.1.down.weight"}
+    assert groups[0.0, 0.5] == {"layers.1.up.bias", "layers.1.norm.weight", "layers.1.norm.bias"}
+    assert groups[0.1, 1.0] == {"layers.2.up.weight", "layers.2.down.weight"}

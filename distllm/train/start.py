@@ -1,0 +1,104 @@
+"""What a run starts or learns from: the weights of another run become a model folder, kept in the run's own folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distllm import comm
+from distllm.checkpoint.find import find
+from distllm.comm import World
+from distllm.config.schema import Config, ModelConfig
+from distllm.data.tokenizer import Roles
+from distllm.engine.native import DTYPES
+from distllm.models.build import initial_tensors, resolve_spec
+from distllm.models.hf_folder import weights_folder
+from distllm.models.spec import ModelSpec
+from distllm.parallel.mesh import Mesh
+from distllm.train.distill import Teacher, build_teacher, check_teacher, showing_states, teacher_width
+from distllm.train.folder import RunFolder, read_config, read_labels, read_tokenizer
+from distllm.train.inference import export_source, is_run
+from distllm.train.tasks import Labels, outputs_of
+
+log = logging.getLogger("distllm")
+
+
+def with_start(config: Config, folder: RunFolder, world: World) -> Config:
+    """The config with folders of weights in place of runs and checkpoints in `model.path` and `model.weights`.
+
+    Raises:
+        CheckpointError: the run that is named has no good checkpoint.
+        ConfigError: it runs code of its own.
+    """
+    model = config.model
+    name = "path" if model.path is not None else "weights"
+    source = getattr(model, name)
+    if source is None:
+        return config
+    start = _kept(source, folder.path / "start", world, trust=model.spec is not None)
+    return config.model_copy(update={"model": model.model_copy(update={name: str(start)})})
+
+
+def _kept(source: str, place: Path, world: World, *, trust: bool) -> Path | str:
+    """A model folder as it is; of a run or checkpoint the weights, written to `place` once by rank 0.
+
+    A run that goes on later needs the one that it began from no more.
+    """
+    if place.is_dir():
+        return place
+    if not is_run(Path(source).expanduser()):
+        return source
+    comm.main_first(lambda: str(export_source(str(Path(source).expanduser()), place, trust=trust)), world)
+    return place
+
+
+def with_teacher(
+    spec: ModelSpec, config: Config, *, folder: RunFolder, world: World, tokenizer: Any, labels: Labels, roles: Roles
+) -> tuple[ModelSpec, ModelSpec | None]:
+    """The student, showing its hidden states where they are matched, and the teacher; None where there is none.
+
+    Raises:
+        ConfigError: a teacher with another vocabulary, other labels, or hidden states that cannot be matched.
+    """
+    source = config.distill.teacher
+    if source is None:
+        return spec, None
+    place = _kept(source, folder.path / "teacher", world, trust=config.model.spec is not None)
+    where = Path(place) if isinstance(place, Path) else weights_folder(source, trust=config.model.trust_remote_code)
+    model = ModelConfig(path=str(where), trust_remote_code=config.model.trust_remote_code)
+    if not (where / "config.json").is_file():  # a module of the user's own
+        own = read_config(find(Path(source).expanduser(), logger=log).folder).model
+        model = ModelConfig(spec=own.spec, spec_args=own.spec_args, weights=str(where))
+    taught = read_labels(Path(source).expanduser()).get("", labels.get("", ()))
+    teacher = resolve_spec(
+        config.model_copy(update={"model": model}), vocab_size=len(tokenizer.get_vocab()), labels=outputs_of({"": taught}),
+        roles=roles,
+    )  # fmt: skip
+    check_teacher(
+        config, student=spec, teacher=teacher, tokenizers=(_ids(tokenizer), _ids(read_tokenizer(where))),
+        labels=(labels.get("", ()), taught),
+    )  # fmt: skip
+    if config.distill.hidden:
+        spec = showing_states(spec, width=teacher_width(teacher))
+    return spec, teacher
+
+
+def laid_out(teacher: ModelSpec | None, config: Config, world: World, *, mesh: Mesh) -> Teacher | None:
+    """The teacher on the student's ranks."""
+    if teacher is None:
+        return None
+    return build_teacher(
+        teacher, tensors=initial_tensors(teacher, seed=config.seed), mesh=mesh, device=world.device,
+        compute_dtype=DTYPES[config.precision.compute], hidden=config.distill.hidden > 0,
+    )  # fmt: skip
+
+
+def _ids(tokenizer: Any) -> str:
+    """A digest of which id every token has."""
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    pairs: Sequence[tuple[str, int]] = sorted(vocabulary.items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
