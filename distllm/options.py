@@ -72,6 +72,8 @@ def real_device(name: str) -> str:
 def must_exist(source: str) -> None:
     """Refuse a missing folder before anything heavy is imported; `name` and `owner/name` may be models of the hub."""
     path = Path(source)
+    if path.is_file():
+        raise ConfigError([f"{source}: is a file; give a run, a checkpoint or a model folder"])
     is_hub_name = not path.is_absolute() and source.count("/") <= 1 and (path.parent == Path(".") or not path.parent.exists())
     if path.exists() or (is_hub_name and not source.startswith((".", "~", "runs/"))):
         return

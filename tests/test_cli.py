@@ -133,8 +133,8 @@ def test_version() -> None:
         ("train run.yaml --processes 0", "Invalid value for '--processes': RULE; see distllm train --help"),
         ("explain run.yaml stps", "stps: unknown key; nearest: train.steps"),
         ("explain", "CONFIG: must be given; nearest: distllm explain configs/quickstart.yaml"),
-        ("eval run.yaml", "--text: run.yaml has no validation data of its own; give a text file, --text FILE"),
-        ("generate run.yaml --device gpu", "--device=gpu: must be one of auto, cpu, cuda; nearest: auto"),
+        ("eval run.yaml", "run.yaml: is a file; give a run, a checkpoint or a model folder"),
+        ("generate . --device gpu", "--device=gpu: must be one of auto, cpu, cuda; nearest: auto"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_or_config_is_one_line_and_2(argv: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_all_problems_are_told_each_in_a_line(capsys: pytest.CaptureFixture[str]
         ("generate ./nowhere", 4, "./nowhere: no such folder; give a run, a checkpoint or a model folder"),
         ("report nowhere", 4, "./nowhere: no such folder; give a run, a checkpoint or a model folder"),
         ("export runs/nowhere out", 4, "runs/nowhere: no such folder; give a run, a checkpoint or a model folder"),
-        ("eval run.yaml --text none.txt", 3, "none.txt: no such text file"),
+        ("eval . --text none.txt", 3, "none.txt: no such text file"),
     ],
 )
 def test_missing_inputs_are_told_at_once(argv: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:

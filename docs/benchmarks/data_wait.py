@@ -19,8 +19,10 @@ from collections.abc import Callable
 import torch
 from tokenise import facts
 
+from distllm.config.check import resolve_layout
 from distllm.config.schema import Config
-from distllm.data.loader import Samples, step_batches
+from distllm.data.loader import step_batches
+from distllm.data.packed_text import PackedText
 from distllm.data.prepare import prepare
 
 
@@ -36,9 +38,9 @@ def compute(step_s: float) -> None:
         matrix @ matrix
 
 
-def wait(samples: Samples, *, batch: int, steps: int, step_s: float, step: Callable[[float], None]) -> dict[str, object]:
+def wait(samples: PackedText, *, batch: int, steps: int, step_s: float, step: Callable[[float], None]) -> dict[str, object]:
     """Run steps and measure how long each waits for its batch."""
-    batches = step_batches(samples, start=0, micro_batch=batch, accumulation=1, dp_rank=0, dp_size=1, prefetch=16, pin=False)
+    batches = step_batches(samples, start=0, dp_rank=0, dp_size=1, prefetch=16, pin=False)
     waits, begin = [], time.perf_counter()
     for i in range(steps + 1):
         start = time.perf_counter()
@@ -48,7 +50,7 @@ def wait(samples: Samples, *, batch: int, steps: int, step_s: float, step: Calla
             begin = time.perf_counter()
         step(step_s)
     whole = time.perf_counter() - begin
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return {
         "step": step.__name__, "batch": batch, "seq_len": samples.seq_len, "cross_documents": samples.cross_documents,
         "steps": steps, "first_wait_ms": round(1000 * waits[0], 3),
@@ -68,8 +70,9 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for length, batch, cross in ((64, 12, True), (256, 8, True), (1024, 8, True), (1024, 8, False)):
-            config = Config.model_validate({"data": {"store": folder, "seq_len": length, "cross_documents": cross}})
-            samples = Samples(prepare(config), config)
+            config = Config.model_validate({"data": {"store": folder, "seq_len": length, "cross_documents": cross},
+                                            "train": {"micro_batch": batch}})  # fmt: skip
+            samples = PackedText(prepare(config), config, resolved=resolve_layout(config, 1))
             results += [
                 wait(samples, batch=batch, steps=arguments.steps, step_s=arguments.step_ms / 1000, step=step)
                 for step in (sleep, compute)

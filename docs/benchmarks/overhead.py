@@ -38,6 +38,7 @@ from distllm.train.build import Position, build_engine
 from distllm.train.host import keep_memory
 from distllm.train.loop import due
 from distllm.train.optim import decaying_names
+from distllm.train.tasks import make_task
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -76,9 +77,9 @@ def bare_loop(model: torch.nn.Module, config: Config) -> Callable[[list[torch.Te
 def distllm_loop(config: Config, world: World, spec: object) -> tuple[torch.nn.Module, Callable[[list[Batch], int], None]]:
     """The lines that distllm's loop runs at every step that does not log."""
     mesh = build_mesh(world, sizes=dict.fromkeys(AXES, 1))
-    engine = build_engine(config, world, mesh=mesh, spec=spec)  # type: ignore[arg-type]
+    engine = build_engine(config, world, mesh=mesh, spec=spec, task=make_task(config))  # type: ignore[arg-type]
     meter = Meter(flops_per_token=None, peak=None, devices=1)
-    agreement = Agreement(world, flags=2)
+    agreement = Agreement(world, flags=3)
     at, t = Position(), config.train
 
     def step(batches: list[Batch], number: int) -> None:
@@ -86,9 +87,11 @@ def distllm_loop(config: Config, world: World, spec: object) -> tuple[torch.nn.M
         with meter.waiting():
             pass
         out = engine.train_step(batches, samples=range(at.samples, at.samples + t.micro_batch))
-        meter.step(out.tokens)
-        at = replace(at, samples=at.samples + t.micro_batch, tokens=at.tokens + out.tokens)
-        agreement.exchange([False, False])
+        assert out.grad_norm is not None
+        tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
+        meter.step(tokens)
+        at = replace(at, samples=at.samples + t.micro_batch, tokens=at.tokens + tokens)
+        agreement.exchange([False, False, False])
         if due(number, 10**9) or due(number, t.eval_every) or due(number, t.sample_every):
             raise AssertionError
 

@@ -20,7 +20,7 @@ import numpy as np
 from tokenise import facts
 
 from distllm.config.schema import Config
-from distllm.data.loader import Samples
+from distllm.data.packed_text import PackedText
 from distllm.data.prepare import Prepared
 from distllm.data.store import TokenStore, bin_path, dtype_for, idx_path, write_index
 
@@ -40,7 +40,7 @@ def seeks(prefix: Path, *, by: str, cross_documents: bool, count: int) -> dict[s
     config = Config.model_validate({"data": {"seq_len": 2048, "cross_documents": cross_documents, "validation": validation}})
     forget(idx_path(prefix))
     start = time.perf_counter()
-    samples = Samples(Prepared((TokenStore.open(prefix),), (), prefix, VOCAB, ""), config)
+    samples = PackedText(Prepared((TokenStore.open(prefix),), (), prefix, VOCAB, ""), config)
     opened = time.perf_counter() - start
     took = []
     for i in np.random.default_rng(0).integers(0, 3 * samples.train_size, size=count).tolist():

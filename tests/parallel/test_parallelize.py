@@ -16,6 +16,7 @@ from distllm.config.schema import ActivationConfig
 from distllm.models.build import initial_tensors, resolve_spec
 from distllm.parallel.mesh import AXES, build_mesh
 from distllm.train.build import build_engine
+from distllm.train.tasks import make_task
 from tests.ranks import on_ranks
 from tests.runs import tiny_config
 from tests.toy import BLOCKS, Settings, Toy, step_of, toy_engine
@@ -33,7 +34,7 @@ def test_any_sharding_starts_from_the_same_weights(family: str, replicate: int, 
 
     def rank(world: World) -> dict[str, np.ndarray]:
         mesh = build_mesh(world, sizes=dict.fromkeys(AXES, 1) | {"dp_replicate": replicate, "dp_shard": shard})
-        engine = build_engine(config, world, mesh=mesh, spec=spec)
+        engine = build_engine(config, world, mesh=mesh, spec=spec, task=make_task(config))
         assert any(isinstance(p, DTensor) for p in engine.parallel.model.parameters()) == (shard > 1)
         return {name: tensor.numpy().copy() for name, tensor in engine.full_tensors()}
 

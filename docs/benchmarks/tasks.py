@@ -1,0 +1,118 @@
+"""What the shipped configs of tasks reach: SST-2, Multi30k, a pre-trained encoder, a student with and without its teacher.
+
+    python docs/benchmarks/tasks.py --data data --encoder models/all-MiniLM-L6-v2            # everything
+    python docs/benchmarks/tasks.py --data data --only sst2_words,multi30k_gru --work /tmp/tasks
+
+Trains each with `distllm train` and measures it with `distllm eval` on the test set, as a user would. A run that is done in
+the work folder is not trained again, so the script can be stopped and goes on. Writes tasks.json beside this file: for each
+run what its summary.json says, the test figures, and the commands. `--data` holds sst2/, multi30k/, wikitext2/ and
+tinyshakespeare/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distllm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMMAND = str(Path(sys.executable).parent / "distllm")
+SEEDS = (1, 2, 3)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run a distllm command, which must end well; it may take hours."""
+    print("distllm", " ".join(words), flush=True)
+    subprocess.run([COMMAND, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], list[str]]]:
+    """For each run the words of its training and, where there is a test set, of its evaluation."""
+    sst2 = [f"data.sources.0.path={data}/sst2/train.tsv", f"data.validation.sources.0.path={data}/sst2/dev.tsv"]
+    test = ["--which", "best", "--data", f"{data}/sst2/test.tsv", "--batch", "64"]
+    pairs = [
+        f"data.sources.0.path={data}/multi30k/train.de", f"data.sources.0.target_path={data}/multi30k/train.en",
+        f"data.validation.sources.0.path={data}/multi30k/val.de", f"data.validation.sources.0.target_path={data}/multi30k/val.en",
+    ]  # fmt: skip
+    flickr = f"{data}/multi30k/test_2016_flickr"
+    flickr_test = ["--data", f"{flickr}.de", "--target", f"{flickr}.en", "--batch", "64"]
+    drama = [f"data.sources.0.path={data}/tinyshakespeare/input.txt"]
+    texts = [
+        f"data.sources.0.path={data}/wikitext2/test.txt", f"data.sources.1.path={data}/tinyshakespeare/input.txt",
+        f"data.validation.sources.0.path={data}/wikitext2/valid.txt",
+    ]  # fmt: skip
+    runs = work / "runs"
+    made: dict[str, tuple[list[str], list[str]]] = {}
+    for name in ("words", "lstm"):
+        made[f"sst2_{name}"] = ([f"configs/sst2/{name}.yaml", *sst2], test)
+    for name in ("minilm", "minilm_head"):
+        made[f"sst2_{name}"] = ([f"configs/sst2/{name}.yaml", *sst2, f"model.path={encoder}"], test)
+    for name in ("transformer", "gru"):
+        made[f"multi30k_{name}"] = ([f"configs/multi30k/{name}.yaml", *pairs], flickr_test)
+    made["encoder_pretrain"] = (["configs/encoder/pretrain.yaml", *texts], [])
+    made["encoder_finetune"] = (["configs/encoder/finetune.yaml", *sst2, f"model.path={runs}/encoder_pretrain"], test)
+    tokenizer = f"data.tokenizer.path={runs}/encoder_pretrain/tokenizer"
+    made["encoder_scratch"] = (["configs/encoder/scratch.yaml", *sst2, tokenizer], test)
+    made["shakespeare_char"] = (["configs/shakespeare_char.yaml", *drama], [])
+    for seed in SEEDS:
+        own = ["configs/distill/student.yaml", *drama, f"seed={seed}"]
+        alone = ["distill.teacher=null", "distill.temperature=2.0", "distill.alpha=0.5"]
+        made[f"student_{seed}"] = ([*own, f"name=student_{seed}", f"distill.teacher={runs}/shakespeare_char"], [])
+        made[f"student_{seed}_alone"] = ([*own, f"name=student_{seed}_alone", *alone], [])
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--encoder", default="models/all-MiniLM-L6-v2", help="the folder or hub name of the pre-trained encoder")
+    parser.add_argument("--work", type=Path, default=Path("task_runs"), help="where runs and token stores go")
+    parser.add_argument("--only", default="", help="names, with commas between them; all")
+    parser.add_argument("--set", nargs="*", default=[], help="further key=value for every training")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    work = args.work.resolve()
+    record: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"what": "tasks", "runs": {}}
+    record |= {
+        "date": date.today().isoformat(),
+        "versions": {"distllm": distllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
+    }
+    for name, (training, measuring) in plans(args.data.resolve(), work, args.encoder).items():
+        if args.only and name not in args.only.split(","):
+            continue
+        folder = work / "runs" / name
+        words = [*training, f"out={work}/runs", f"data.store={work}/store", *args.set]
+        run(["train", *words])
+        entry: dict[str, Any] = {"summary": json.loads((folder / "summary.json").read_text()), "set": args.set}
+        entry["train"] = shown(["train", *words], args.data.resolve(), work)
+        if measuring:
+            run(["eval", str(folder), *measuring, "--json", str(folder / "test.json")])
+            entry["test"] = json.loads((folder / "test.json").read_text())
+            entry["test"].pop("source", None)
+            entry["eval"] = shown(["eval", str(folder), *measuring], args.data.resolve(), work)
+        record["runs"][name] = entry
+        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def shown(words: Sequence[str], data: Path, work: Path) -> str:
+    """A command without the places of one machine."""
+    line = "distllm " + " ".join(words)
+    for place, name in ((str(data), "data"), (str(work), "WORK"), (str(ROOT) + "/", "")):
+        line = line.replace(place, name)
+    return line
+
+
+if __name__ == "__main__":
+    main()
