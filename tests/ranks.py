@@ -36,8 +36,9 @@ def on_ranks(function: Callable[[World], Any], size: int, folder: Path, *, timeo
     rendezvous.touch()
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    everyone_is_done = context.Event()  # a rank that ends early closes connections that another may still be making
     ranks = [
-        context.Process(target=_rank, args=(function, rank, size, rendezvous, pipes[rank][1], timeout_s), daemon=True)
+        context.Process(target=_rank, args=(function, rank, size, rendezvous, pipes[rank][1], everyone_is_done, timeout_s), daemon=True)
         for rank in range(size)
     ]
     for rank in ranks:
@@ -47,6 +48,7 @@ def on_ranks(function: Callable[[World], Any], size: int, folder: Path, *, timeo
     try:
         answers = [_receive(receiver, timeout_s) for receiver, _ in pipes]
     finally:
+        everyone_is_done.set()
         for rank in ranks:
             rank.join(5.0)
             if rank.is_alive():
@@ -67,7 +69,9 @@ def _receive(receiver: Any, timeout_s: float) -> tuple[bool, Any]:
         return False, "the rank died without an answer"
 
 
-def _rank(function: Callable[[World], Any], rank: int, size: int, rendezvous: Path, sender: Any, timeout_s: float) -> None:
+def _rank(
+    function: Callable[[World], Any], rank: int, size: int, rendezvous: Path, sender: Any, everyone_is_done: Any, timeout_s: float
+) -> None:
     torch.set_num_threads(1)
     try:
         rendezvous_file = rendezvous.with_suffix(".store")
@@ -81,6 +85,8 @@ def _rank(function: Callable[[World], Any], rank: int, size: int, rendezvous: Pa
         answer = (False, traceback.format_exc())
     sender.send(answer)
     sender.close()
+    if answer[0]:  # one that failed goes at once, so that the others fail too
+        everyone_is_done.wait(timeout_s)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

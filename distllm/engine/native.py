@@ -112,7 +112,7 @@ class NativeEngine:
             if measure:
                 self.parameters.refresh()
                 small = small_batches(self.parallel, self.parameters, count=terms.count)
-        comm.sum_over(total, mesh.dp_group)
+        comm.sum_over(total, mesh.loss_group)
         loss, count = total[0] / total[1], total[1]
         self.parameters.refresh()
         if self.unused is None:

@@ -27,10 +27,10 @@ def apply_fsdp(
     compute_dtype: torch.dtype,
     reshard_after_forward: bool,
 ) -> nn.Module:
-    """Shard every parameter over dp_shard, a block at a time, in place; nothing on an axis of size 1.
+    """Shard every parameter over dp_shard, ep and cp, a block at a time, in place; nothing where these are of size 1.
 
     Args:
-        model: the whole module, on meta.
+        model: the whole module, or a pipeline stage of it, on meta.
         mesh: with dp_replicate > 1 too, this is HSDP: sharded inside a replica, all-reduced across replicas.
         blocks: the units that are gathered together; what is outside them is one unit of its own.
         compute_dtype: the dtype of gathered parameters and of the products; the shards stay fp32, and so does the
@@ -40,12 +40,12 @@ def apply_fsdp(
     Returns:
         `model`, its parameters now DTensors under the same names.
     """
-    if mesh.sizes["dp_shard"] == 1:
+    submesh = mesh.weight_mesh()
+    if submesh is None:
         return model
     # A head with a bias returns a view of its product, and torch warns of writing into it, which nobody here does.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    submesh = mesh.submesh("dp_replicate", "dp_shard")
-    low = compute_dtype != torch.float32
+    low = compute_dtype not in (torch.float32, torch.float64)
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32) if low else MixedPrecisionPolicy()
     for block in blocks:
         fully_shard(block, mesh=submesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
@@ -65,9 +65,9 @@ def apply_ddp(model: nn.Module, mesh: Mesh) -> nn.Module:
     Unlike the other parallelisms this returns a wrapper, because DDP's hooks hang on its forward; names are read from
     `model`. The model must already hold its weights, equal on all ranks.
     """
-    if mesh.sizes["dp_replicate"] == 1 or mesh.sizes["dp_shard"] > 1:
+    if mesh.sizes["dp_replicate"] == 1 or mesh.shards is not None:
         return model
-    group = mesh.dp_group
+    group = mesh.loss_group
     assert group is not None
     # torch 2.13 renamed broadcast_buffers and warns of the old name. Buffers are computed alike on every rank.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters

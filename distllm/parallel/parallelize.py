@@ -68,7 +68,7 @@ def parallelize(
         model, mesh, blocks=blocks, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward
     )
     fill(model, tensors, device=device)
-    return Parallel(model, apply_ddp(model, mesh), mesh, mesh.sizes["dp_shard"] > 1)
+    return Parallel(model, apply_ddp(model, mesh), mesh, mesh.shards is not None)
 
 
 def find_blocks(model: nn.Module, *, spec: ModelSpec) -> Sequence[nn.Module]:

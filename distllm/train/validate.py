@@ -31,7 +31,7 @@ def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position
             limit=limit,
         )  # fmt: skip
         result = evaluate(
-            run.engine.eval_step, batches, figures=run.task.figures, group=run.mesh.dp_group, device=run.world.device
+            run.engine.eval_step, batches, figures=run.task.figures, group=run.mesh.loss_group, device=run.world.device
         )
         if run.config.task.metrics:
             result = replace(result, figures={**result.figures, **score_written(run, limit=limit)})

@@ -39,7 +39,7 @@ def score_written(run: Run, *, limit: int) -> dict[str, float]:
                 sums[name] = sums[name] + found if name in sums else found
     scores = {}
     for name, part in sums.items():
-        whole = sum_over(torch.as_tensor(part, dtype=torch.float64, device=run.world.device), run.mesh.dp_group)
+        whole = sum_over(torch.as_tensor(part, dtype=torch.float64, device=run.world.device), run.mesh.loss_group)
         scores[name] = SCORES[name][1](whole.cpu().numpy())[0]
     return scores
 

@@ -20,7 +20,7 @@ def sizes(**wide: int) -> dict[str, int]:
 
 def test_one_process_makes_no_group() -> None:
     mesh = build_mesh(World(0, 1, 0, 1, torch.device("cpu")), sizes=sizes())
-    assert mesh.devices is None and mesh.dp_group is None and not dist.is_initialized()
+    assert mesh.devices is None and mesh.loss_group is None and not dist.is_initialized()
     assert (mesh.dp_rank, mesh.dp_size) == (0, 1)
     assert mesh.submesh("dp_replicate", "dp_shard") is None
     assert mesh.coordinates() == dict.fromkeys(AXES, 0)
@@ -29,9 +29,9 @@ def test_one_process_makes_no_group() -> None:
 def test_replicas_are_the_outer_axis(tmp_path: Path) -> None:
     def rank(world: World) -> Any:
         mesh = build_mesh(world, sizes=sizes(dp_replicate=2, dp_shard=2))
-        assert mesh.dp_group is not None and mesh.devices is not None
+        assert mesh.loss_group is not None and mesh.devices is not None
         shard = dist.get_process_group_ranks(mesh.devices.get_group("dp_shard"))
-        everyone = dist.get_process_group_ranks(mesh.dp_group)
+        everyone = dist.get_process_group_ranks(mesh.loss_group)
         place = mesh.coordinates()
         return mesh.dp_rank, shard, everyone, (place["dp_replicate"], place["dp_shard"])
 
