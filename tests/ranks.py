@@ -38,7 +38,9 @@ def on_ranks(function: Callable[[World], Any], size: int, folder: Path, *, timeo
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     everyone_is_done = context.Event()  # a rank that ends early closes connections that another may still be making
     ranks = [
-        context.Process(target=_rank, args=(function, rank, size, rendezvous, pipes[rank][1], everyone_is_done, timeout_s), daemon=True)
+        context.Process(
+            target=_rank, args=(function, rank, size, rendezvous, pipes[rank][1], everyone_is_done, timeout_s), daemon=True
+        )
         for rank in range(size)
     ]
     for rank in ranks:
