@@ -13,6 +13,7 @@ from distllm.engine.native import DTYPES, NativeEngine
 from distllm.models.build import initial_tensors, meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
+from distllm.parallel.parallelize import Layout as How
 from distllm.parallel.parallelize import parallelize
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
@@ -34,7 +35,7 @@ def engine_of(
     model = meta_model(spec)
     parallel = parallelize(
         model, mesh, spec=spec, tensors=initial_tensors(spec, seed=3), device=world.device,
-        compute_dtype=DTYPES[precision.compute],
+        layout=How(DTYPES[precision.compute]),
     )  # fmt: skip
     return NativeEngine(
         parallel, objective=objective, optimizer=make_optimizer(optim, model=model, device=world.device),

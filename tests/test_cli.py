@@ -121,7 +121,7 @@ def test_version() -> None:
         ("train run.yaml train.stps=5", "train.stps=5: unknown key; nearest: train.steps"),
         ("train run.yaml train.steps=abc", "train.steps=abc: must be a whole number above 0; nearest: 1000"),
         ("train run.yaml train.steps=20 schedule.warmup=100", "schedule.warmup=100: must be below train.steps=20; nearest: 19"),
-        ("train run.yaml layout.pp=2", "layout.pp=2: this axis is not built yet; nearest: 1"),
+        ("train run.yaml layout.cp_method=ring", "layout.cp_method=ring: says how layout.cp works, which is 1; nearest: auto"),
         ("prepare run.yaml data.sources.0.kind=text", "data.sources.0.path=null: kind text needs a path; nearest: data.sources.0.kind=embedded"),
         ("train run.yaml --processes 3 train.global_batch=16", "train.global_batch=16: must be a multiple of micro_batch 8 x data-parallel 3 = 24; nearest: 24"),
         ("train run.yaml layout.dp_replicate=2 --processes 3", "layout.dp_replicate=2: must divide the 3 processes; nearest: 1"),

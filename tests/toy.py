@@ -17,7 +17,7 @@ from distllm.data.batch import IGNORE, Batch
 from distllm.engine.native import DTYPES, NativeEngine
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import AXES, build_mesh
-from distllm.parallel.parallelize import parallelize
+from distllm.parallel.parallelize import Layout, parallelize
 from distllm.train.objectives import causal_lm
 from distllm.train.optim import make_optimizer, make_penalty
 from distllm.train.schedule import make_schedule
@@ -115,8 +115,7 @@ def toy_engine(world: World, settings: Settings) -> NativeEngine:
         model = Toy()
     parallel = parallelize(
         model, mesh, spec=toy_spec(), tensors=toy_tensors(), device=world.device,
-        compute_dtype=DTYPES[settings.precision.compute], reshard_after_forward=settings.reshard,
-        activation=settings.activation, compile_blocks=settings.compile,
+        layout=Layout(DTYPES[settings.precision.compute], settings.reshard, settings.activation, settings.compile),
     )  # fmt: skip
     return NativeEngine(
         parallel, objective=causal_lm, optimizer=make_optimizer(settings.optim, model=model, device=world.device),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """This rank's piece of one named global tensor.
+    """This rank's piece of one named global tensor; of a packed one it may have several, under NAME#0, NAME#1, ...
 
     The piece is the box [offset, offset + data.shape) of a tensor of shape `shape`. Loading fills `data` in place.
     """
@@ -25,22 +25,16 @@ class Chunk:
     """Whether this rank is the one, of those that hold the same piece, that writes it."""
 
 
-def chunk_of(data: torch.Tensor, *, like: torch.Tensor, rank: int) -> Chunk:
+def chunk_of(data: torch.Tensor, *, like: torch.Tensor, write: bool) -> Chunk:
     """Describe `data`, a local tensor laid out like the parameter `like`.
 
     Args:
         data: the local values: of the parameter itself or of an optimizer state with the same local shape.
-        like: the parameter, a DTensor or a plain tensor (the same on every rank).
-        rank: this rank's number in the world.
-
-    Returns:
-        The chunk. Among replicas of a piece, the one at coordinate 0 of every replicated axis writes it.
+        like: the parameter, a DTensor or a plain tensor (the same on every rank that holds it).
+        write: whether this rank is the first of those that hold the same piece.
     """
     if not isinstance(like, DTensor):
-        return Chunk(data, tuple(like.shape), (0,) * like.dim(), rank == 0)
+        return Chunk(data, tuple(like.shape), (0,) * like.dim(), write)
     pieces = like.__create_chunk_list__()
     assert len(pieces) == 1, "a parameter has one local piece on each rank"
-    coordinate = like.device_mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not on the parameter's mesh"
-    first = all(c == 0 for c, p in zip(coordinate, like.placements, strict=True) if not isinstance(p, Shard))
-    return Chunk(data, tuple(like.shape), tuple(pieces[0].offsets), first and data.numel() > 0)
+    return Chunk(data, tuple(like.shape), tuple(pieces[0].offsets), write and data.numel() > 0)

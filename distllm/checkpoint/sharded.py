@@ -55,6 +55,11 @@ _RNG = "rng/"
 _TOLD = 5  # names in an error message
 
 
+def tensor_name(key: str) -> str:
+    """The tensor that a chunk belongs to: a rank's several boxes of one tensor are `NAME#0`, `NAME#1`, ..."""
+    return key.partition("#")[0]
+
+
 def write_rank(folder: Path, *, rank: int, chunks: Mapping[str, Chunk], rng: Mapping[str, torch.Tensor]) -> RankRecord:
     """Write one rank's pieces and random-number states and bring them to the disk.
 
@@ -77,16 +82,14 @@ def write_rank(folder: Path, *, rank: int, chunks: Mapping[str, Chunk], rng: Map
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # wide first: every value is aligned
     record = write_file(folder / name, _content({key: tensors[key] for key in order}))
     sync_folder(folder)
-    pieces = {
-        key: TensorRecord(
-            chunk.shape,
-            DTYPES[chunk.data.dtype],
-            (Piece(name, key, chunk.offset, tuple(chunk.data.shape)),) if chunk.write else (),
-        )
-        for key, chunk in chunks.items()
-        if chunk.write or not prod(chunk.shape)  # nobody writes a tensor without values, but it is part of the state
-    }
-    return RankRecord(rank, {name: record}, pieces, tuple(rng))
+    pieces: dict[str, list[Piece]] = {}
+    for key, chunk in chunks.items():
+        if chunk.write or not prod(chunk.shape):  # nobody writes a tensor without values, but it is part of the state
+            piece = [Piece(name, key, chunk.offset, tuple(chunk.data.shape))] if chunk.write else []
+            pieces.setdefault(tensor_name(key), []).extend(piece)
+    kinds = {tensor_name(key): (chunk.shape, DTYPES[chunk.data.dtype]) for key, chunk in chunks.items()}
+    table = {tensor: TensorRecord(*kinds[tensor], tuple(found)) for tensor, found in pieces.items()}
+    return RankRecord(rank, {name: record}, table, tuple(rng))
 
 
 def merge(records: Iterable[RankRecord]) -> dict[str, TensorRecord]:
@@ -113,14 +116,15 @@ def check_fit(manifest: Manifest, chunks: Mapping[str, Chunk], *, where: Path, e
     Raises:
         CheckpointError: one line with up to five names of each kind: missing, unexpected, of another shape or format.
     """
-    table = manifest.tensors
+    table, chunks = manifest.tensors, {tensor_name(key): chunk for key, chunk in chunks.items()}
     both = [n for n in sorted(chunks) if n in table]
+    here = set(map(tensor_name, expected))
     shaped = [n for n in both if table[n].shape != tuple(chunks[n].shape)]
     shapes = [f"{n} {_shape(table[n].shape)} (here {_shape(chunks[n].shape)})" for n in shaped]
     dtypes = [f"{n} {table[n].dtype} (here {_dtype(chunks[n])})" for n in both if table[n].dtype != _dtype(chunks[n])]
     problems = {
-        "the checkpoint does not have": sorted((set(expected) | set(chunks)) - table.keys()),
-        "this run does not have": sorted(table.keys() - set(expected) - set(chunks)),
+        "the checkpoint does not have": sorted((here | chunks.keys()) - table.keys()),
+        "this run does not have": sorted(table.keys() - here - chunks.keys()),
         "other shape:": shapes,
         "other number format:": dtypes,
     }
@@ -147,7 +151,7 @@ def read(
     check_fit(manifest, chunks, where=folder, expected=chunks.keys() if expected is None else expected)
     plan: dict[str, list[tuple[Piece, torch.Tensor, tuple[slice, ...]]]] = {}
     for name, chunk in chunks.items():
-        found = _overlaps(manifest.tensors[name], chunk)
+        found = _overlaps(manifest.tensors[tensor_name(name)], chunk)
         covered = sum(prod(s.stop - s.start for s in there) for _, _, there in found)
         if covered != chunk.data.numel() or overlapping(piece for piece, _, _ in found):
             raise CheckpointError(f"{folder}: the pieces of {name} do not cover it exactly once")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from distllm.config.check_layout import LAYOUT_RULES, pipeline_fits
 from distllm.config.check_task import TABLES, TASK_RULES
 from distllm.config.errors import ConfigError
 from distllm.config.kinds import shown
 from distllm.config.schema import Config, ScheduleConfig, SourceConfig
 
 Rule = Callable[[Config], Iterator[str]]
-NOT_BUILT = ("pp", "cp", "tp", "ep")
+INNER = ("pp", "ep", "cp", "tp")
+"""The axes of the layout that are always spelled out."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Resolved:
     pp: int
     ep: int
     dp_size: int
-    """dp_replicate x dp_shard: the ranks that read different samples."""
+    """dp_replicate x dp_shard x ep: the ranks that read different samples."""
     micro_batch: int
     accumulation: int
     global_batch: int
@@ -45,7 +47,7 @@ def check(config: Config, *, world_size: int | None = None) -> list[str]:
     """
     problems = [problem for rule in RULES for problem in rule(config)]
     sizes, trouble = _axes(config, world_size)
-    dp_size = sizes[0] * sizes[1] if sizes is not None else None
+    dp_size = sizes[0] * sizes[1] * config.layout.ep if sizes is not None else None
     return [*problems, *trouble, *(_batch(config, dp_size)[1] if not trouble else [])]
 
 
@@ -58,14 +60,15 @@ def resolve_layout(config: Config, world_size: int) -> Resolved:
     sizes, problems = _axes(config, world_size)
     if sizes is None or problems:
         raise ConfigError(problems)
-    replicate, shard = sizes
-    (accumulation, global_batch), problems = _batch(config, replicate * shard)
+    (replicate, shard), layout = sizes, config.layout
+    dp_size = replicate * shard * layout.ep
+    (accumulation, global_batch), problems = _batch(config, dp_size)
+    problems += list(pipeline_fits(config, accumulation=accumulation)) if not problems else []
     if problems:
         raise ConfigError(problems)
-    layout = config.layout
     return Resolved(
         dp_replicate=replicate, dp_shard=shard, cp=layout.cp, tp=layout.tp, pp=layout.pp, ep=layout.ep,
-        dp_size=replicate * shard, micro_batch=config.train.micro_batch, accumulation=accumulation, global_batch=global_batch,
+        dp_size=dp_size, micro_batch=config.train.micro_batch, accumulation=accumulation, global_batch=global_batch,
     )  # fmt: skip
 
 
@@ -91,41 +94,51 @@ def ranks_for(config: Config, *, devices: int) -> int:
         devices: accelerators of this machine; 0 on a CPU machine.
     """
     layout = config.layout
-    axes = [layout.pp, layout.cp, layout.tp, layout.dp_replicate, layout.dp_shard]
+    axes = [layout.pp, layout.ep, layout.cp, layout.tp, layout.dp_replicate, layout.dp_shard]
     spelled = math.prod(size for size in axes if isinstance(size, int))
-    return max(spelled, devices) if "auto" in axes else spelled
+    return max(spelled, devices // spelled * spelled) if "auto" in axes else spelled
 
 
 def _axes(config: Config, world_size: int | None) -> tuple[tuple[int, int] | None, list[str]]:
     """(dp_replicate, dp_shard) where they are known, and what is wrong with the layout."""
     layout = config.layout
-    unbuilt = [
-        f"layout.{axis}={size}: this axis is not built yet; nearest: 1"
-        for axis in NOT_BUILT
-        if (size := getattr(layout, axis)) != 1
-    ]
-    if unbuilt:
-        return None, unbuilt
     replicate, shard = layout.dp_replicate, layout.dp_shard
     if replicate == "auto" and shard == "auto":
         return None, ["layout.dp_replicate=auto: only one of dp_replicate and dp_shard can be auto; nearest: 1"]
+    wide = {axis: size for axis in INNER if (size := getattr(layout, axis)) > 1}
+    inner = math.prod(wide.values())
+    if world_size is not None and world_size % inner:
+        return None, [_inner_misfit(wide, world_size)]
+    rest = None if world_size is None else world_size // inner
+    beside = "".join(f" x {axis} {size}" for axis, size in wide.items())
     if replicate != "auto" and shard != "auto":
-        if world_size in (None, replicate * shard):
+        if rest in (None, replicate * shard):
             return (replicate, shard), []
-        rest, over = divmod(world_size, replicate)
-        fit = f"layout.dp_shard={rest}" if not over else f"layout.dp_replicate=1 layout.dp_shard={world_size}"
-        text = f"dp_replicate {replicate} x dp_shard {shard} = {replicate * shard}"
+        assert rest is not None
+        share, over = divmod(rest, replicate)
+        fit = f"layout.dp_shard={share}" if not over else f"layout.dp_replicate=1 layout.dp_shard={rest}"
+        text = f"dp_replicate {replicate} x dp_shard {shard}{beside} = {replicate * shard * inner}"
         return None, [f"layout.dp_shard={shard}: {text} must equal the {_processes(world_size)}; nearest: {fit}"]
-    if world_size is None:
+    if rest is None:
         return None, []
     fixed = shard if replicate == "auto" else replicate
     assert isinstance(fixed, int)
-    if world_size % fixed:
+    if rest % fixed:
         name = "dp_shard" if replicate == "auto" else "dp_replicate"
-        near = min((d for d in range(1, world_size + 1) if world_size % d == 0), key=lambda d: (abs(d - fixed), d))
-        return None, [f"layout.{name}={fixed}: must divide the {_processes(world_size)}; nearest: {near}"]
-    rest = world_size // fixed
-    return ((rest, fixed) if replicate == "auto" else (fixed, rest)), []
+        near = min((d for d in range(1, rest + 1) if rest % d == 0), key=lambda d: (abs(d - fixed), d))
+        return None, [f"layout.{name}={fixed}{beside}: must divide the {_processes(world_size)}; nearest: {near}"]
+    return ((rest // fixed, fixed) if replicate == "auto" else (fixed, rest // fixed)), []
+
+
+def _inner_misfit(wide: Mapping[str, int], world_size: int) -> str:
+    """The line for axes whose product does not divide the world; the widest one is told to change."""
+    axis = max(wide, key=lambda name: wide[name])
+    size, product = wide[axis], math.prod(wide.values())
+    others = product // size
+    fits = [d for d in range(1, world_size + 1) if world_size % (others * d) == 0] or [1]
+    near = min(fits, key=lambda d: (abs(d - size), d))
+    text = " x ".join(f"{name} {value}" for name, value in wide.items())
+    return f"layout.{axis}={size}: {text} = {product} must divide the {_processes(world_size)}; nearest: {near}"
 
 
 def _batch(config: Config, dp_size: int | None) -> tuple[tuple[int, int], list[str]]:
@@ -164,8 +177,8 @@ def _smaller_micro(wanted: int, micro_batch: int, dp_size: int | None) -> str:
     return f", or train.micro_batch={fit}"
 
 
-def _processes(count: int) -> str:
-    return f"{count} processes" if count > 1 else "1 process"
+def _processes(count: int | None) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _multiple(value: int, of: int) -> int:
@@ -330,5 +343,5 @@ def _places(config: Config) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     model_problems, _model_fits_data, _sources, _tokenizer, _validation, _optimizer, _schedule, _checkpoints, _device, _places,
-    *TASK_RULES,
+    *TASK_RULES, *LAYOUT_RULES,
 )  # fmt: skip

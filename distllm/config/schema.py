@@ -266,29 +266,43 @@ class DataConfig(Section):
 
 
 class LayoutConfig(Section):
-    """How the model and the batch are spread over ranks: the sizes of the mesh axes, outermost first."""
+    """How the model and the batch are spread over ranks: the sizes of the mesh axes, outermost first, and how each works."""
 
     pp: Positive = 1
-    """Pipeline-parallel stages."""
+    """Pipeline-parallel stages: ranks that hold consecutive blocks. The micro-batches of a step (train.accumulation) flow through them."""
     dp_replicate: Positive | Literal["auto"] = 1
     """Data-parallel replicas with whole gradients all-reduced (DDP; with dp_shard > 1: HSDP)."""
     dp_shard: Positive | Literal["auto"] = "auto"
     """Data-parallel ranks over which parameters, gradients and optimizer state are sharded (FSDP2). auto: what the other axes leave."""
+    ep: Positive = 1
+    """Expert-parallel ranks, over which the experts of a mixture-of-experts model are spread. They read different samples, and share the other weights as dp_shard ranks do."""
     cp: Positive = 1
-    """Context-parallel ranks, over which a sequence is cut."""
+    """Context-parallel ranks, over which each sequence is cut. They share the weights as dp_shard ranks do."""
     tp: Positive = 1
     """Tensor-parallel ranks, over which matrices are cut."""
-    ep: Positive = 1
-    """Expert-parallel ranks, over which experts are spread."""
     reshard_after_forward: bool = True
     """Free the gathered parameters of a block after its forward pass and gather them again for its backward pass."""
+    sequence_parallel: bool = True
+    """With tp: keep what lies between the matrices (norms, residuals) cut along the sequence, where the model allows it (Korthikanti et al. 2022, arXiv 2205.05198)."""
+    loss_parallel: bool = True
+    """With tp: leave the logits cut along the vocabulary and compute the loss on the parts."""
+    cp_method: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
+    """With cp: ring (keys and values travel round; arXiv 2310.01889), all_gather (of keys and values), ulysses (all-to-all over heads; arXiv 2309.14509). auto: ulysses where the heads divide, else ring."""
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev", "csv"] = "1f1b"
+    """With pp: the order of forward and backward passes."""
+    pp_virtual: Positive | Literal["auto"] = "auto"
+    """With pp: stages of one rank. auto: 2 for schedules with several, else 1."""
+    pp_split: list[Positive] = []
+    """With pp: how many blocks each stage has, in the order of the model; empty: balanced by estimated cost."""
+    pp_csv: str | None = None
+    """With pp_schedule csv: the file, a line of actions a rank (`0F0,0F1,0B0`), as torch.distributed.pipelining writes it."""
 
 
 class PrecisionConfig(Section):
     """Number formats. Master weights, optimizer state and gradient reductions stay fp32 in every mode."""
 
-    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """The format of the matrix products. fp16 comes with a dynamic loss scale."""
+    compute: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """The format of the matrix products. fp16 comes with a dynamic loss scale. fp64 keeps weights and state in fp64 too: for proofs, not for speed."""
     initial_loss_scale: Annotated[float, Field(gt=0.0)] = 65536.0
     """fp16: the loss scale to start with."""
     loss_scale_window: Positive = 2000

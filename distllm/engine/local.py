@@ -6,19 +6,32 @@ every parameter), equal for every layout, and free to mix parameters that lie on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 class LocalParameters:
     """The local part of every trainable parameter, by name, sharing memory with it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        *,
+        stages: dist.ProcessGroup | None = None,
+        copies: Collection[str] = (),
+    ) -> None:
+        """Args:
+        model: what this rank trains, or its parameters by name.
+        stages: the ranks that hold the other stages; None: this rank holds the whole model.
+        copies: names of parameters that another stage has too and counts (tied ones).
+        """
+        self._stages, self._copies = stages, frozenset(copies)
+        named = model.named_parameters() if isinstance(model, nn.Module) else model
+        self.whole = {name: p for name, p in named if p.requires_grad}
         self.local = {
             name: nn.Parameter(local_part(p)) if isinstance(p, DTensor) else p for name, p in self.whole.items()
         }
@@ -47,12 +60,13 @@ class LocalParameters:
     def squared_norm(self) -> torch.Tensor:
         """The squared norm of the whole gradient, a scalar, equal on all ranks.
 
-        A sharded parameter's squares are added over the axes that shard it; a replicated one counts once.
+        A sharded parameter's squares are added over the axes that shard it; a replicated one counts once, and so does a
+        tied one that two stages have. Then the stages are added.
         """
         groups: dict[tuple[dist.ProcessGroup, ...], list[torch.Tensor]] = {}
         for name, whole in self.whole.items():
             gradient = self.local[name].grad
-            if gradient is not None:
+            if gradient is not None and name not in self._copies:
                 groups.setdefault(_sharding_groups(whole), []).append(gradient)
         total: torch.Tensor | None = None
         for over, gradients in groups.items():
@@ -61,6 +75,8 @@ class LocalParameters:
                 dist.all_reduce(square, group=group)
             total = square if total is None else total + square
         assert total is not None, "no parameter has a gradient"
+        if self._stages is not None:
+            dist.all_reduce(total, group=self._stages)  # each stage has parameters of its own
         return total
 
 
@@ -71,13 +87,19 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def squared_norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of the squares of all values of some tensors on one device, a scalar in fp32."""
+    """The sum of the squares of all values of some tensors on one device, a scalar in fp32, or fp64 where they are."""
     norms = torch._foreach_norm(list(tensors))
-    return torch.stack([norm.float() for norm in norms]).square().sum()
+    return torch.stack([at_least_fp32(norm) for norm in norms]).square().sum()
+
+
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32, or as it is in fp64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _sharding_groups(parameter: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
     if not isinstance(parameter, DTensor):
         return ()
     mesh = parameter.device_mesh
-    return tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if isinstance(p, Shard))
+    # Not "is a Shard": FSDP over tp on one dim makes a strided shard, which torch counts as another kind.
+    return tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if not p.is_replicate())

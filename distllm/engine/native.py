@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from distllm.engine.verdict import Verdict
 from distllm.parallel.data import set_last_microbatch
 from distllm.parallel.parallelize import Parallel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 class NativeEngine:
@@ -67,7 +68,7 @@ class NativeEngine:
         ema: the decay of a moving average of the weights; 0 keeps none.
         """
         self.parallel = parallel
-        self.parameters = LocalParameters(parallel.model)
+        self.parameters = LocalParameters(parallel.named_parameters())
         self.optimizer = optimizer(self.parameters)
         self.updates = 0
         self.skips_in_a_row = 0
@@ -76,6 +77,7 @@ class NativeEngine:
         self._objective, self._schedule, self._clip, self._penalty = objective, schedule, clip, penalty
         self.device, self._rank = device, rank
         self._dtype = DTYPES[precision.compute]
+        self._sums = torch.float64 if self._dtype == torch.float64 else torch.float32
         self._scale = LossScale(precision) if precision.compute == "fp16" else None
         self._verdict: Verdict | None = None
         # Fused Adam takes `found_inf` and does nothing where it is set, without the host's knowing. Fused SGD leaves its
@@ -97,18 +99,18 @@ class NativeEngine:
             The global mean loss and gradient norm, still on the device.
         """
         model, mesh = self.parallel.forward, self.parallel.mesh
-        if not self.parallel.model.training:
+        if not self.parallel.parts[0].training:
             model.train()
         skipped = self.settle() if self._scale else ()  # the loss scale must know of an overflow before it is used
         scale = self._scale.value / self._loss_unit if self._scale else 1.0
-        total = torch.zeros(2, dtype=torch.float32, device=self.device)  # [loss sum, count] of the global batch
+        total = torch.zeros(2, dtype=self._sums, device=self.device)  # [loss sum, count] of the global batch
         small: torch.Tensor | None = None
         for index, batch in enumerate(microbatches):
             measure = noise and index == 0 and len(microbatches) > 1
             set_last_microbatch(model, index == len(microbatches) - 1, readable=measure)
             terms = self._terms(batch.to(self.device))
             (terms.sum * scale if self._scale else terms.sum).backward()
-            total += torch.stack([terms.sum.detach().float(), terms.count.float()])
+            total += torch.stack([terms.sum.detach().to(self._sums), terms.count.to(self._sums)])
             if measure:
                 self.parameters.refresh()
                 small = small_batches(self.parallel, self.parameters, count=terms.count)
@@ -158,7 +160,7 @@ class NativeEngine:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> LossTerms:
         """The loss terms of one micro-batch of this rank, without gradients, in eval mode."""
-        if self.parallel.model.training:
+        if self.parallel.parts[0].training:
             self.parallel.forward.eval()
         return self._terms(batch.to(self.device))
 
@@ -203,7 +205,7 @@ class NativeEngine:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """FSDP gathers parameters in the compute dtype itself; elsewhere autocast casts them from fp32."""
-        if self._dtype == torch.float32 or self.parallel.sharded:
+        if self._dtype in (torch.float32, torch.float64) or self.parallel.sharded:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
@@ -257,17 +259,19 @@ class NativeEngine:
         assert self._verdict is None, "settle first, so that a skip is told"
         assert self._average is None or not self._average.exchanged, "saving inside `averaged`"
         self._at_shards()
-        model = self.parallel.model
-        chunks = {f"model.{name}": self._chunk(p, p) for name, p in model.named_parameters()}
-        persistent = model.state_dict(keep_vars=True).keys()
-        chunks |= {f"model.{n}": self._chunk(b, b) for n, b in model.named_buffers() if n in persistent}
+        chunks: dict[str, Chunk] = {}
+        for name, p in self.parallel.named_parameters():
+            chunks |= self._chunks(f"model.{name}", p, p, name)
+        for name, buffer in self.parallel.named_buffers(persistent=True):
+            chunks |= self._chunks(f"model.{name}", buffer, buffer, name)
         for name, local in self.parameters.local.items():
             for key, value in self.optimizer.state[local].items() if local in self.optimizer.state else ():
                 if isinstance(value, torch.Tensor):
                     like = self.parameters.whole[name] if value.shape == local.shape else value
-                    chunks[f"optim.{name}.{key}"] = self._chunk(value, like)
-        averages = self._average.values if self._average is not None else {}
-        return chunks | {f"ema.{n}": self._chunk(v, self.parameters.whole[n]) for n, v in averages.items()}
+                    chunks |= self._chunks(f"optim.{name}.{key}", value, like, name)
+        for name, value in self._average.values.items() if self._average is not None else ():
+            chunks |= self._chunks(f"ema.{name}", value, self.parameters.whole[name], name)
+        return chunks
 
     def facts(self) -> dict[str, Any]:
         """The engine's scalars, JSON: what `restore` needs besides the tensors."""
@@ -299,11 +303,21 @@ class NativeEngine:
 
     def _reshard(self) -> None:
         """Put the sharded parameters back in place: after an evaluation FSDP leaves what is outside the blocks gathered."""
-        for module in self.parallel.model.modules():
+        for module in (module for part in self.parallel.parts for module in part.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
-        sharded = [isinstance(p, DTensor) for p in self.parallel.model.parameters()]
-        assert all(sharded) if self.parallel.sharded else not any(sharded)
+        assert not self.parallel.sharded or all(isinstance(p, DTensor) for _, p in self.parallel.named_parameters())
 
-    def _chunk(self, value: torch.Tensor, like: torch.Tensor) -> Chunk:
-        return chunk_of(local_part(value), like=like, rank=self._rank)
+    def _chunks(self, key: str, value: torch.Tensor, like: torch.Tensor, name: str) -> dict[str, Chunk]:
+        """This rank's pieces of one tensor of the checkpoint, laid out like `like`."""
+        chunk = chunk_of(local_part(value), like=like, write=self.parallel.writes(name, like))
+        packing = self.parallel.packings.get(name)
+        if packing is None or not chunk.shape:
+            return {key: chunk}
+        pieces: dict[str, Chunk] = {}
+        dim = packing.dim
+        boxes = packing.boxes(chunk.offset[dim], chunk.data.shape[dim], whole=chunk.shape[dim])
+        for number, (inside, at, length) in enumerate(boxes):
+            offset = (*chunk.offset[:dim], at, *chunk.offset[dim + 1 :])
+            pieces[f"{key}#{number}"] = replace(chunk, data=chunk.data.narrow(dim, inside, length), offset=offset)
+        return pieces or {f"{key}#0": chunk}

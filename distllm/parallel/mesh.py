@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distllm.comm import World
 
+FLAT = {"shards": ("dp_shard", "ep", "cp"), "expert_shards": ("dp_shard", "cp")}
+"""Several axes that FSDP takes as one -> the axes."""
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
 DATA_AXES = ("dp_replicate", "dp_shard", "ep")
 SHARD_AXES = ("dp_shard", "ep", "cp")
@@ -66,6 +68,11 @@ class Mesh:
         for axis in reversed(AXES):
             rest, place[axis] = divmod(rest, self.sizes[axis])
         return place
+
+    def first_of(self, *axes: str) -> bool:
+        """Whether this rank is at place 0 of all of `axes`."""
+        place = self.coordinates()
+        return all(place[axis] == 0 for axis in axes)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one on `axis` alone; None for an axis of size 1."""

@@ -29,7 +29,7 @@ from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
 from distllm.models.weights import LoadReport, load_report
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
-from distllm.parallel.parallelize import Parallel, parallelize
+from distllm.parallel.parallelize import Layout, Parallel, parallelize
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
@@ -252,9 +252,7 @@ def build_engine(
     scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
     parallel: Parallel = parallelize(
         model, mesh, spec=spec, tensors=initial_tensors(spec, seed=config.seed) if tensors is None else tensors,
-        device=world.device,
-        compute_dtype=DTYPES[config.precision.compute], reshard_after_forward=config.layout.reshard_after_forward,
-        activation=config.activation, compile_blocks=config.train.compile,
+        device=world.device, layout=_layout_of(config),
     )  # fmt: skip
     return NativeEngine(
         parallel, objective=objective,
@@ -263,6 +261,15 @@ def build_engine(
         clip=config.optim.clip, penalty=make_penalty(config.optim, model=model), precision=config.precision,
         device=world.device, rank=world.rank, ema=config.train.ema,
         loss_unit=float(config.train.micro_batch * (1 if one_target(config) else config.data.seq_len)),
+    )  # fmt: skip
+
+
+def _layout_of(config: Config) -> Layout:
+    """How the config lays the model out, besides the sizes of the axes."""
+    layout = config.layout
+    return Layout(
+        DTYPES[config.precision.compute], layout.reshard_after_forward, config.activation, config.train.compile,
+        sequence_parallel=layout.sequence_parallel, loss_parallel=layout.loss_parallel, cp_method=layout.cp_method,
     )  # fmt: skip
 
 
@@ -357,7 +364,7 @@ def _peak(config: Config, world: World) -> float | None:
 
 def _announce(run: Run, found: Found | None) -> None:
     """Say in a few lines what is about to run."""
-    parameters = sum(p.numel() for p in run.engine.parallel.model.parameters())
+    parameters = sum(p.numel() for p in run.engine.parallel.parts[0].parameters())
     r = run.resolved
     axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.sizes.items() if size > 1) or "one process"
     run.log.info(

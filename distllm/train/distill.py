@@ -23,7 +23,7 @@ from distllm.engine.base import LossTerms, Objective
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh
-from distllm.parallel.parallelize import Parallel, parallelize
+from distllm.parallel.parallelize import Layout, Parallel, parallelize
 from distllm.train.objectives.tokens import logits_of, places_of
 
 PROJECTION = "distill_projection"
@@ -128,7 +128,7 @@ def build_teacher(
     takes = frozenset(inspect.signature(model.forward).parameters)
     if mesh.sizes["dp_shard"] == 1:  # replicas that never change need no DDP, which has no use for frozen weights
         mesh = replace(mesh, sizes={**mesh.sizes, "dp_replicate": 1})
-    parallel = parallelize(model, mesh, spec=spec, tensors=tensors, device=device, compute_dtype=compute_dtype)
+    parallel = parallelize(model, mesh, spec=spec, tensors=tensors, device=device, layout=Layout(compute_dtype))
     model.eval()
     return Teacher(parallel, device, compute_dtype, takes)
 

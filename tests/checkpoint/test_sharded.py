@@ -41,17 +41,19 @@ WHOLE = {
 
 def laid_out(name: str, values: dict[str, torch.Tensor], rank: int) -> dict[str, Chunk]:
     _, shape, placements = LAYOUTS[name]
-    result = {"step": chunk_of(values["step"], like=values["step"], rank=rank)}
+    result = {"step": chunk_of(values["step"], like=values["step"], write=rank == 0)}
     mesh = init_device_mesh("cpu", shape) if placements else None
     for key, value in values.items():
         if key == "step":
             continue
         if placements is None:
-            result[key] = chunk_of(value.clone(), like=value, rank=rank)
+            result[key] = chunk_of(value.clone(), like=value, write=rank == 0)
             continue
         spread = distribute_tensor(value.clone(), mesh, placements, src_data_rank=None)
         assert isinstance(spread, DTensor)
-        result[key] = chunk_of(spread.to_local(), like=spread, rank=rank)
+        coordinate = spread.device_mesh.get_coordinate()
+        first = all(c == 0 for c, p in zip(coordinate, spread.placements, strict=True) if not isinstance(p, Shard))
+        result[key] = chunk_of(spread.to_local(), like=spread, write=first)
     return result
 
 

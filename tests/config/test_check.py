@@ -60,10 +60,7 @@ def test_the_defaults_are_sound() -> None:
         ("checkpoint.every=0 checkpoint.keep_every=5", "checkpoint.keep_every=5: needs checkpoint.every, which is 0; nearest: 0, or checkpoint.every=5"),
         ("precision.tf32=true device=cpu", "precision.tf32=true: is for GPUs, and device is cpu; nearest: false"),
         ("out=", "out='': must not be empty; nearest: runs"),
-        ("layout.tp=2", "layout.tp=2: this axis is not built yet; nearest: 1"),
-        ("layout.pp=4", "layout.pp=4: this axis is not built yet; nearest: 1"),
-        ("layout.cp=2", "layout.cp=2: this axis is not built yet; nearest: 1"),
-        ("layout.ep=2", "layout.ep=2: this axis is not built yet; nearest: 1"),
+        ("layout.dp_shard=1 layout.cp_method=ring", "layout.cp_method=ring: says how layout.cp works, which is 1; nearest: auto"),
         ("layout.dp_replicate=auto", "layout.dp_replicate=auto: only one of dp_replicate and dp_shard can be auto; nearest: 1"),
         ("train.global_batch=12", "train.global_batch=12: must be a multiple of micro_batch 8; nearest: 16"),
         ("train.global_batch=40 train.accumulation=2", "train.global_batch=40: must be a multiple of micro_batch 8 x accumulation 2 = 16; nearest: 48, or train.accumulation=auto"),
@@ -76,8 +73,8 @@ def test_what_cannot_combine_is_told_in_one_line(tmp_path: Path, overrides: str,
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:
-    config = configured(tmp_path, "model.type=null", "schedule.warmup=5000", "layout.tp=2", "optim.momentum=1", "out=")
-    assert [line.partition("=")[0] for line in check(config, world_size=2)] == ["model.type", "optim.momentum", "schedule.warmup", "out", "layout.tp"]
+    config = configured(tmp_path, "model.type=null", "schedule.warmup=5000", "layout.tp=3", "optim.momentum=1", "out=")
+    assert [line.partition("=")[0] for line in check(config, world_size=2)] == ["model.type", "optim.momentum", "schedule.warmup", "out", "data.seq_len", "layout.tp"]
 
 
 @pytest.mark.parametrize(

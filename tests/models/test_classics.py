@@ -20,7 +20,7 @@ from distllm.models.bidirectional import turned
 from distllm.models.build import initial_tensors, meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import AXES, build_mesh
-from distllm.parallel.parallelize import parallelize
+from distllm.parallel.parallelize import Layout, parallelize
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
 from tests.models.families import filled
@@ -137,7 +137,7 @@ def train(
     spec = ALL[name]
     model = meta_model(spec)
     parallel = parallelize(
-        model, mesh, spec=spec, tensors=initial_tensors(spec, seed=1), device=world.device, compute_dtype=DTYPES[compute]
+        model, mesh, spec=spec, tensors=initial_tensors(spec, seed=1), device=world.device, layout=Layout(DTYPES[compute])
     )
     optim = OptimConfig(lr=2e-2)
     engine = NativeEngine(

@@ -36,7 +36,7 @@ from distllm.engine.native import NativeEngine
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import AXES, build_mesh
-from distllm.parallel.parallelize import fill, parallelize
+from distllm.parallel.parallelize import Layout, fill, parallelize
 from distllm.train.objectives.classify import classification
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
@@ -161,7 +161,7 @@ def engine_of(world: World, tune: TuneConfig, *, spec: ModelSpec = BERT, activat
     apply_tune(model, tuned, tune)
     parallel = parallelize(
         model, mesh, spec=tuned, tensors=first_tensors(spec, tuned, seed=1), device=world.device,
-        activation=ActivationConfig(mode=activation),
+        layout=Layout(activation=ActivationConfig(mode=activation)),
     )  # fmt: skip
     optim = OptimConfig(lr=1e-2, weight_decay=0.01)
     scales = learning_rate_scales(model, tuned, tune)
