@@ -28,7 +28,7 @@ from distllm.models.hf_config import (
     max_positions,
 )
 from distllm.models.hf_folder import weights_folder
-from distllm.models.hf_places import locate, tp_plan
+from distllm.models.hf_places import ep_plan, locate, tp_plan
 from distllm.models.quiet import quiet
 from distllm.models.spec import ModelSpec
 
@@ -116,6 +116,7 @@ def spec_from_config(
         norm=places.norm,
         head=places.head,
         tp_plan=tp_plan(skeleton),
+        ep_plan=ep_plan(skeleton),
         vocab_size=config.vocab_size,
         max_seq_len=max_positions(config),
         flops_per_token=flops_per_token(config, skeleton, body=_body_alone(task, places.base)),
