@@ -41,7 +41,7 @@ class ModelSpec:
     tp_plan: Mapping[str, str] = field(default_factory=dict)
     """Module pattern to style in transformers' words: {"model.layers.*.self_attn.q_proj": "colwise"}."""
     ep_plan: Mapping[str, str] = field(default_factory=dict)
-    """Where experts are, in transformers' words: {"model.layers.*.mlp.experts": "ep_dispatch_experts"}; a dense model has none."""
+    """Where experts are, in the same words: {"model.layers.*.mlp.experts": "ep_dispatch_experts"}; none in a dense model."""
     vocab_size: int | None = None
     """Rows of the embedding: token ids must be below it."""
     max_seq_len: int | None = None

@@ -52,8 +52,8 @@ def check_experts(model: nn.Module, *, plan: Mapping[str, str], ep: int, tp: int
     if ep == 1:
         return
     modules = expert_modules(model, plan=plan)
-    counts = {_count(module) for module in modules.values()} or {None}
-    problems = [line for count in counts for line in expert_problems(count, ep=ep, tp=tp, family=type(model).__name__)]
+    counts: set[int | None] = {_count(module) for module in modules.values()}
+    problems = [line for count in counts or {None} for line in expert_problems(count, ep=ep, tp=tp, family=type(model).__name__)]
     problems += [
         f"layout.ep={ep}: {name} is {what}, and only gated experts with gate_up_proj [E, 2I, H] and down_proj [E, H, I] can "
         f"be spread; nearest: 1"
@@ -114,7 +114,7 @@ def shard_dim(*, shards: int) -> Callable[[nn.Parameter], Shard | None]:
 
 
 def _count(module: nn.Module) -> int:
-    return module.get_parameter("down_proj").shape[0] if "down_proj" in dict(module.named_parameters()) else 0
+    return next(module.parameters()).shape[0]
 
 
 def _unlike(module: nn.Module) -> str | None:

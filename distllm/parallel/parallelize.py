@@ -60,7 +60,7 @@ def parallelize(
     """
     blocks = find_blocks(model, spec=spec)
     if activation is not None:
-        apply_activation_checkpointing(blocks, mode=activation.mode, every=activation.every)
+        apply_activation_checkpointing(blocks, activation)
     if compile_blocks:
         for block in blocks:
             block.compile()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ def moe_spec(family: str, *, experts: int = EXPERTS, **sizes: Any) -> ModelSpec:
     }  # fmt: skip
     own = {
         "mixtral": {"intermediate_size": 24, "num_local_experts": experts},
-        "qwen3_moe": {"moe_intermediate_size": 24, "intermediate_size": 32, "num_experts": experts, "head_dim": 4, "mlp_only_layers": [0]},
+        "qwen3_moe": {
+            "moe_intermediate_size": 24, "intermediate_size": 32, "num_experts": experts, "head_dim": 4, "mlp_only_layers": [0],
+        },
     }[family]  # fmt: skip
     return spec_from_config(AutoConfig.for_model(family, **(common | own | sizes)))
 
@@ -76,8 +78,8 @@ def one_process(spec: ModelSpec, tensors: dict[str, torch.Tensor], *, dtype: tor
 
 def on_mesh(
     world: World, spec: ModelSpec, tensors: dict[str, torch.Tensor], *, sizes: dict[str, int],
-    dtype: torch.dtype = torch.float64, compute: torch.dtype | None = None, watch: Any = None,
-    prepare: Any = None,
+    dtype: torch.dtype = torch.float64, compute: torch.dtype | None = None,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> tuple[nn.Module, Mesh]:  # fmt: skip
     """The model spread over ep and sharded as `apply_fsdp` would: experts apart, then blocks, then the rest."""
     mesh = build_mesh(world, sizes=dict.fromkeys(AXES, 1) | sizes)
