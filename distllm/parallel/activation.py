@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -106,31 +107,41 @@ def _offloaded(forward: Callable[..., Any], *args: Any, block: nn.Module, **kwar
     return outputs
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """A saved tensor that stands on the CPU."""
+
+    copy: torch.Tensor
+    device: torch.device
+    shape: torch.Size
+
+
 class _Mover:
     """Packs the saved tensors of one forward pass of one block: large ones that are no weights go to the CPU, each once.
 
-    Three projections save one and the same input; it is copied once for all of them.
+    Three projections save one and the same input, some of them as a view of another shape; one copy serves all.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
         self.moved: dict[tuple[Any, ...], tuple[StorageWeakRef, torch.Tensor]] = {}
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Moved:
         if not self._worth(tensor):
             return tensor
+        flat = tensor.view(-1) if tensor.is_contiguous() else tensor
         storage = tensor.untyped_storage()
         # The weak reference keeps the storage's number from being given to another while it stands here.
-        key = (storage._cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (storage._cdata, tensor._version, flat.storage_offset(), flat.shape, flat.stride(), flat.dtype)
         if key not in self.moved:
-            self.moved[key] = (StorageWeakRef(storage), to_cpu(tensor))
-        return tensor.device, self.moved[key][1]
+            self.moved[key] = (StorageWeakRef(storage), to_cpu(flat))
+        return _Moved(self.moved[key][1], tensor.device, tensor.shape)
 
-    def unpack(self, packed: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    def unpack(self, packed: torch.Tensor | _Moved) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        device, tensor = packed
-        return tensor.to(device, non_blocking=tensor.is_pinned())
+        back = packed.copy.to(packed.device, non_blocking=packed.copy.is_pinned())
+        return back if back.shape == packed.shape else back.view(packed.shape)
 
     def _worth(self, tensor: torch.Tensor) -> bool:
         if isinstance(tensor, DTensor) or not _on_device(tensor) or tensor.numel() < SMALL:
@@ -152,5 +163,5 @@ def _local(block: nn.Module) -> Iterator[torch.Tensor]:
 
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU, pinned, on its way: whoever copies it back on the same stream comes after it."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
     return copy.copy_(tensor, non_blocking=True)

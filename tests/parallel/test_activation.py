@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distllm.comm import World
 from distllm.config.check_activation import activation_problems
 from distllm.config.errors import ConfigError
 from distllm.config.schema import ActivationConfig, Config, TrainConfig
 from distllm.parallel import activation
 from distllm.parallel.activation import apply_activation_checkpointing, operators
-from tests.toy import BLOCKS, HIDDEN, SEQ, Toy, toy_batch
+from tests.ranks import on_ranks
+from tests.toy import BLOCKS, HIDDEN, SEQ, Settings, Toy, run_toy, toy_batch
 
 UP = 3 * HIDDEN + 1
 ROWS = 4 * SEQ
@@ -118,9 +121,22 @@ def test_offload_moves_large_activations_once_and_no_weights(
     for key, gradient in plain["gradients"].items():
         assert torch.equal(found["gradients"][key], gradient), key
     sizes = sorted(t.numel() for t in any_device_moves)
-    inputs, rest = [ROWS * HIDDEN], [ROWS * HIDDEN] * 2 + [ROWS * UP]  # the norm's input; cumsum's mean, norm's result, tanh
+    # The running mean, which the norm saves; the norm's result; that of tanh.
+    inputs, rest = [ROWS * HIDDEN], [ROWS * HIDDEN] * 2 + [ROWS * UP]
     wanted = {"none": BLOCKS * rest, "full": BLOCKS * inputs, "every": 2 * inputs + rest}[mode]
     assert sizes == sorted(wanted)
+
+
+def test_under_fsdp_gathered_weights_stay_too(any_device_moves: list[torch.Tensor], monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(activation, "SMALL", 0)
+
+    def moved(world: World, shard: int) -> list[tuple[int, ...]]:
+        settings = Settings(shard=shard, activation=ActivationConfig(offload=True))
+        run_toy(world, settings, steps=1, size=4 * shard)
+        return [tuple(t.shape) for t in any_device_moves]
+
+    wanted = on_ranks(lambda world: moved(world, 1), 1, tmp_path)[0]
+    assert len(wanted) > 3 * BLOCKS and on_ranks(lambda world: moved(world, 2), 2, tmp_path) == [wanted] * 2
 
 
 def test_one_copy_serves_all_who_save_the_same_tensor(any_device_moves: list[torch.Tensor]) -> None:
@@ -151,8 +167,8 @@ def test_one_copy_serves_all_who_save_the_same_tensor(any_device_moves: list[tor
     with pytest.raises(RuntimeError, match="inplace"):  # torch notices in the plain run: y was saved and then changed
         gradient(False)
     gradient(True)
-    shared = [t for t in any_device_moves if t.shape == (30, 40)]
-    assert len(shared) == 3  # x once for three layers; y before and after it changed
+    # x once for three layers; y before and after it changed; the weights, which are larger, stay
+    assert [t.numel() for t in any_device_moves] == [30 * 40] * 3
 
 
 def test_operators_are_found_by_name_and_others_are_refused() -> None:
@@ -167,9 +183,9 @@ def test_operators_are_found_by_name_and_others_are_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ({"mode": "full", "keep": ["matmul"]}, "activation.keep=[matmul]: is for mode selective, not full; nearest: activation.mode"),
-        ({"mode": "selective", "keep": []}, "activation.keep=[]: selective needs at least one operator to keep; nearest: activation.m"),
-        ({"mode": "selective", "offload": True}, "activation.offload=true: what mode selective keeps stays on the device; nearest: a"),
+        ({"mode": "full", "keep": ["matmul"]}, "activation.keep=[matmul]: is for mode selective, not full; nearest: "),
+        ({"mode": "selective", "keep": []}, "activation.keep=[]: selective needs at least one operator to keep; nearest: "),
+        ({"mode": "selective", "offload": True}, "activation.offload=true: what mode selective keeps stays on the device; "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_together_is_told(config: dict[str, Any], line: str) -> None:

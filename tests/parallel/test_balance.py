@@ -167,7 +167,8 @@ def test_a_sequence_that_is_cut_over_ranks_gives_the_same(tmp_path: Path) -> Non
         layer = nn.ModuleDict({"moe": Sparse()})
         watch = RouterWatch(layer, experts={"moe.experts": layer["moe"].experts}, moe=MOE)
         own = logits[:, part].reshape(-1, 5).clone().requires_grad_()
-        cut = Batch({k: v[:, part] for k, v in batch.inputs.items()}, {k: v[:, part] for k, v in batch.targets.items()}, (0, 1, 2))
+        inputs, targets = ({k: v[:, part] for k, v in whole.items()} for whole in (batch.inputs, batch.targets))
+        cut = Batch(inputs, targets, (0, 1, 2))
         with watch.forward_pass(cut, group=group) as routed:
             _, scores, _ = layer["moe"].gate(own)
         scores.square().sum().backward()
