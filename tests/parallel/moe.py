@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -118,3 +119,9 @@ def gradients(model: nn.Module) -> dict[str, Any]:
         assert p.grad is not None, name
         found[name] = whole(p.grad.detach()).numpy().copy()
     return found
+
+
+def worst(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
+    """The largest error of any value, relative to the largest of its tensor, of the worst tensor."""
+    assert found.keys() == wanted.keys()
+    return max(float(np.abs(found[n] - wanted[n]).max() / np.abs(wanted[n]).max()) for n in wanted)

@@ -19,8 +19,7 @@ from distllm.parallel.activation import apply_activation_checkpointing
 from distllm.parallel.balance import RouterWatch, load_figures, real_tokens, sample_weights
 from distllm.parallel.expert import expert_modules
 from distllm.parallel.parallelize import find_blocks
-from tests.parallel.moe import gradients, loss_sum, moe_batch, moe_spec, moe_tensors, on_mesh, one_process
-from tests.parallel.test_expert import worst
+from tests.parallel.moe import gradients, loss_sum, moe_batch, moe_spec, moe_tensors, on_mesh, one_process, worst
 from tests.ranks import on_ranks
 
 MOE = MoeConfig(balance=0.7, z_loss=0.3)

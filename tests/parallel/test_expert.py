@@ -19,15 +19,21 @@ from distllm.config.errors import ConfigError
 from distllm.engine.local import LocalParameters
 from distllm.parallel.expert import apply_ep, check_experts, expert_modules, grouped_linear
 from distllm.parallel.mesh import AXES, build_mesh
-from tests.parallel.moe import EXPERTS, SEQ, gradients, loss_sum, moe_batch, moe_spec, moe_tensors, on_mesh, one_process
+from tests.parallel.moe import (
+    EXPERTS,
+    SEQ,
+    gradients,
+    loss_sum,
+    moe_batch,
+    moe_spec,
+    moe_tensors,
+    on_mesh,
+    one_process,
+    worst,
+)
 from tests.ranks import on_ranks
 
 SAMPLES = 4
-
-
-def worst(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
-    assert found.keys() == wanted.keys()
-    return max(float(np.abs(found[n] - wanted[n]).max() / np.abs(wanted[n]).max()) for n in wanted)
 
 
 def reference(family: str) -> tuple[float, dict[str, np.ndarray]]:
