@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distllm.config.schema import MoeConfig
+
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """The names that families give the number of experts of a layer."""
 
@@ -42,3 +44,16 @@ def expert_problems(experts: int | None, *, ep: int, tp: int = 1, family: str = 
     # Experts that are both spread and cut would lie on a mesh of ep x tp, and every tp rank would send each row again.
     if tp > 1:
         yield f"layout.ep={ep}: experts are spread over ep or cut over tp, not both, and layout.tp={tp}; nearest: layout.tp=1"
+
+
+def balance_problems(moe: MoeConfig, *, has_experts: bool, family: str = "this model") -> Iterator[str]:
+    """What is wrong with asking for the losses of routers.
+
+    Args:
+        moe: the `moe` section.
+        has_experts: whether the model has layers of experts that were found.
+        family: what to call the model.
+    """
+    for key in ("balance", "z_loss"):
+        if getattr(moe, key) and not has_experts:
+            yield f"moe.{key}={getattr(moe, key)}: {family} has no experts to balance; nearest: 0"

@@ -131,6 +131,10 @@ class RouterWatch:
 
     def _see(self, name: str, output: Any, call: _Call) -> Any:
         """Note a router's choices, and let the gradient of its losses enter at its logits."""
+        if not (isinstance(output, tuple) and len(output) == 3):  # some families choose their experts elsewhere
+            if self.moe.balance or self.moe.z_loss:
+                raise ConfigError([f"moe: {name} does not give logits, scores and experts; nearest: moe.balance=0 moe.z_loss=0"])
+            return None
         logits, scores, index = output
         # Selective checkpointing counts operators, and would look for these when the block runs again.
         with _disable_current_modes():

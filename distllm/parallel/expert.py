@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from distllm.config.check_expert import expert_problems
+from distllm.config.check_expert import balance_problems, expert_problems
 from distllm.config.errors import ConfigError
+from distllm.config.schema import MoeConfig
 from distllm.parallel.mesh import Mesh
 
 STYLE = "ep_dispatch_experts"
@@ -43,17 +44,26 @@ def expert_modules(model: nn.Module, *, plan: Mapping[str, str]) -> dict[str, nn
     return {name: module for name, module in model.named_modules() if re.sub(r"\.\d+(?=\.|$)", ".*", name) in patterns}
 
 
-def check_experts(model: nn.Module, *, plan: Mapping[str, str], ep: int, tp: int = 1) -> None:
-    """Refuse a whole model whose experts cannot be spread over `ep` ranks; call it before the model is cut.
+def check_experts(model: nn.Module, *, plan: Mapping[str, str], ep: int, tp: int = 1, moe: MoeConfig) -> None:
+    """Refuse what cannot be done with the experts of a whole model; call it before the model is cut into stages.
+
+    Args:
+        model: the whole module, on meta or not.
+        plan: as for `expert_modules`.
+        ep: expert-parallel ranks.
+        tp: tensor-parallel ranks.
+        moe: the losses of routers.
 
     Raises:
         ConfigError: no experts, a number of them that `ep` does not divide, or experts of another form.
     """
+    modules, family = expert_modules(model, plan=plan), type(model).__name__
+    if problems := list(balance_problems(moe, has_experts=bool(modules), family=family)):
+        raise ConfigError(problems)
     if ep == 1:
         return
-    modules = expert_modules(model, plan=plan)
     counts: set[int | None] = {_count(module) for module in modules.values()}
-    problems = [line for count in counts or {None} for line in expert_problems(count, ep=ep, tp=tp, family=type(model).__name__)]
+    problems = [line for count in counts or {None} for line in expert_problems(count, ep=ep, tp=tp, family=family)]
     problems += [
         f"layout.ep={ep}: {name} is {what}, and only gated experts with gate_up_proj [E, 2I, H] and down_proj [E, H, I] can "
         f"be spread; nearest: 1"

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distllm.comm import World
+from distllm.config.schema import MoeConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.models.hf import spec_from_config
 from distllm.models.spec import ModelSpec
@@ -86,7 +87,7 @@ def on_mesh(
     mesh = build_mesh(world, sizes=dict.fromkeys(AXES, 1) | sizes)
     with torch.device("meta"):
         model = spec.build().to(dtype)
-    check_experts(model, plan=spec.ep_plan, ep=mesh.sizes["ep"])
+    check_experts(model, plan=spec.ep_plan, ep=mesh.sizes["ep"], moe=MoeConfig())
     apply_ep(model, mesh, plan=spec.ep_plan)
     if prepare is not None:
         prepare(model)

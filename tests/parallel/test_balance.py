@@ -207,3 +207,22 @@ def test_a_layer_without_a_router_is_refused_where_a_loss_is_asked_for() -> None
     RouterWatch(layer, experts={"moe.experts": layer["moe"]}, moe=MoeConfig())
     with pytest.raises(ConfigError, match=r"moe\.balance=0\.7: moe has no router that can be balanced; nearest: 0"):
         RouterWatch(layer, experts={"moe.experts": layer["moe"]}, moe=MOE)
+
+
+def test_a_router_of_another_kind_is_watched_only_where_no_loss_is_asked_for() -> None:
+    class Other(Router):
+        def forward(self, logits: torch.Tensor) -> Any:
+            return logits
+
+    layer = nn.ModuleDict({"moe": Sparse()})
+    layer["moe"].gate = Other()
+    batch = moe_batch([0])
+    for moe in (MoeConfig(), MOE):
+        watch = RouterWatch(layer, experts={"moe.experts": layer["moe"].experts}, moe=moe)
+        with watch.forward_pass(batch) as routed:
+            if moe.balance:
+                with pytest.raises(ConfigError, match=r"moe: moe\.gate does not give logits, scores and experts"):
+                    layer["moe"].gate(torch.zeros(7, 4))
+            else:
+                layer["moe"].gate(torch.zeros(7, 4))
+        assert not routed.load

@@ -13,10 +13,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distllm.checkpoint.chunk import chunk_of
 from distllm.comm import World
 from distllm.config.check_expert import expert_problems, experts_in
 from distllm.config.errors import ConfigError
-from distllm.engine.local import LocalParameters
+from distllm.config.schema import MoeConfig
+from distllm.engine.local import LocalParameters, local_part
 from distllm.parallel.expert import apply_ep, check_experts, expert_modules, grouped_linear
 from distllm.parallel.mesh import AXES, build_mesh
 from tests.parallel.moe import (
@@ -63,9 +65,18 @@ def test_any_layout_gives_the_gradients_of_one_process(family: str, sizes: dict[
         parameters = LocalParameters(model)
         parameters.refresh()
         names = sorted(model.state_dict())
-        return float(total), gradients(model), float(parameters.squared_norm()), names
+        chunks = {name: chunk_of(local_part(p), like=p, rank=world.rank) for name, p in model.named_parameters()}
+        written = {name: (c.offset, c.data.numpy().copy()) for name, c in chunks.items() if c.write}
+        return float(total), gradients(model), float(parameters.squared_norm()), names, written
 
-    for loss, found, square, names in on_ranks(rank, int(np.prod(list(sizes.values()))), tmp_path):
+    answers = on_ranks(rank, int(np.prod(list(sizes.values()))), tmp_path)
+    for name in wanted:  # a checkpoint of all ranks' pieces is the whole, nothing twice
+        pieces = [written[name] for *_, written in answers if name in written]
+        together = np.zeros(tensors[name].shape)
+        for offset, piece in pieces:
+            together[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))] += piece
+        np.testing.assert_array_equal(together, tensors[name].numpy(), err_msg=name)
+    for loss, found, square, names, _ in answers:
         assert abs(loss - wanted_loss) < 1e-12 * abs(wanted_loss)
         assert worst(found, wanted) < 1e-12
         assert square == pytest.approx(sum(float((g**2).sum()) for g in wanted.values()), rel=1e-6)  # it is fp32
@@ -209,11 +220,13 @@ def test_what_cannot_be_spread_is_refused_with_the_nearest_that_can() -> None:
     spec = moe_spec("qwen3_moe")
     with torch.device("meta"):
         model = spec.build()
-    check_experts(model, plan=spec.ep_plan, ep=2)
+    check_experts(model, plan=spec.ep_plan, ep=2, moe=MoeConfig())
     with pytest.raises(ConfigError, match=r"layout\.ep=3: must divide the 4 experts of a layer; nearest: 2"):
-        check_experts(model, plan=spec.ep_plan, ep=3)
+        check_experts(model, plan=spec.ep_plan, ep=3, moe=MoeConfig())
     with pytest.raises(ConfigError, match=r"has no experts that can be spread; nearest: 1"):
-        check_experts(model, plan={}, ep=2)
+        check_experts(model, plan={}, ep=2, moe=MoeConfig())
+    with pytest.raises(ConfigError, match=r"moe\.balance=0\.1: Qwen3MoeForCausalLM has no experts to balance; nearest: 0"):
+        check_experts(model, plan={}, ep=1, moe=MoeConfig(balance=0.1))
 
 
 def test_experts_of_another_form_are_refused_by_name() -> None:
@@ -229,4 +242,4 @@ def test_experts_of_another_form_are_refused_by_name() -> None:
     with torch.device("meta"):
         model = spec.build()
     with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.experts is a GptOssExperts with parameters"):
-        check_experts(model, plan=spec.ep_plan, ep=2)
+        check_experts(model, plan=spec.ep_plan, ep=2, moe=MoeConfig())
