@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def check_experts(model: nn.Module, *, plan: Mapping[str, str], ep: int, tp: int
         raise ConfigError(problems)
 
 
-def apply_ep(model: nn.Module, mesh: Mesh, *, plan: Mapping[str, str]) -> nn.Module:
+def apply_ep(model: nn.Module, mesh: Mesh, *, plan: Mapping[str, str], even: bool = False) -> nn.Module:
     """Spread the experts of every layer over ep, in place; nothing on an axis of size 1 and in layers without experts.
 
     An expert's gradient on its owner then holds the contributions of the tokens of all ep ranks.
@@ -83,6 +84,8 @@ def apply_ep(model: nn.Module, mesh: Mesh, *, plan: Mapping[str, str]) -> nn.Mod
         model: the whole module or a pipeline stage of it, on meta or not, that `check_experts` has passed.
         mesh: the ranks by axis.
         plan: as for `expert_modules`.
+        even: for a dry run, where no other ranks answer: every expert gets the same, whatever the routers choose, so
+            that shapes are known and values mean nothing.
 
     Returns:
         `model`; the experts' parameters are DTensors, Shard(0) on ep, under the same names.
@@ -101,7 +104,7 @@ def apply_ep(model: nn.Module, mesh: Mesh, *, plan: Mapping[str, str]) -> nn.Mod
             spread = DTensor.from_local(own, submesh, [Shard(0)], run_check=False)
             setattr(module, name, nn.Parameter(spread, requires_grad=whole.requires_grad))
         # The instance's forward shadows the class's, so that no wrapper module changes a name.
-        module.forward = partial(_spread_forward, module, group=group)
+        module.forward = partial(_spread_forward, module, group=group, even=even)
     return model
 
 
@@ -140,8 +143,9 @@ def _unlike(module: nn.Module) -> str | None:
 
 @torch.compiler.disable
 def _spread_forward(
-    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *, group: dist.ProcessGroup
-) -> torch.Tensor:
+    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *,
+    group: dist.ProcessGroup, even: bool,
+) -> torch.Tensor:  # fmt: skip
     """The forward of a module of experts, of which this rank holds its own.
 
     Args:
@@ -150,6 +154,7 @@ def _spread_forward(
         top_k_index: int64 [N, K], the experts of each token.
         top_k_weights: [N, K], their weights.
         group: the ranks of ep.
+        even: as for `apply_ep`.
 
     Returns:
         [N, H].
@@ -157,7 +162,8 @@ def _spread_forward(
     tokens, choices = top_k_index.shape
     # The gradient of a spread parameter is this rank's own: nothing is left to add up over ep.
     gate_up, down = (p.to_local(grad_placements=[Shard(0)]) for p in (module.gate_up_proj, module.down_proj))
-    route = _route(top_k_index, experts=module.gate_up_proj.shape[0], group=group)
+    find_route = _even_route if even else _route
+    route = find_route(top_k_index, experts=module.gate_up_proj.shape[0], group=group)
     rows = _Spread.apply(hidden, route.order, route.inverse, choices)  # [N * K, H], by expert
     rows = _Exchange.apply(rows, route.received, route.sent, group.group_name)  # [R, H], by rank, then expert
     rows = _Permute.apply(rows, route.by_expert, route.by_rank)
@@ -217,6 +223,21 @@ def _route(top_k_index: torch.Tensor, *, experts: int, group: dist.ProcessGroup)
     return _Route(
         order=order, inverse=_inverse(order), sent=sent, received=received, by_expert=by_expert,
         by_rank=_inverse(by_expert), counts=lists[2 * ranks :], ends=own.cumsum(0).to(torch.int32),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _even_route(top_k_index: torch.Tensor, *, experts: int, group: dist.ProcessGroup) -> _Route:
+    """A route of which every rank knows all without asking: rows are dealt out to the experts in turn."""
+    ranks, own, device = dist.get_world_size(group), experts // dist.get_world_size(group), top_k_index.device
+    rows, place = top_k_index.numel(), dist.get_rank(group) * own
+    given = [rows // experts + (expert < rows % experts) for expert in range(experts)]
+    counts = [ranks * given[expert] for expert in range(place, place + own)]
+    order, by_expert = torch.arange(rows, device=device), torch.arange(sum(counts), device=device)
+    return _Route(
+        order=order, inverse=order, sent=[sum(given[r * own : (r + 1) * own]) for r in range(ranks)],
+        received=[sum(counts) // ranks] * ranks, by_expert=by_expert, by_rank=by_expert, counts=counts,
+        ends=torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device),
     )  # fmt: skip
 
 

@@ -81,14 +81,14 @@ def one_process(spec: ModelSpec, tensors: dict[str, torch.Tensor], *, dtype: tor
 def on_mesh(
     world: World, spec: ModelSpec, tensors: dict[str, torch.Tensor], *, sizes: dict[str, int],
     dtype: torch.dtype = torch.float64, compute: torch.dtype | None = None,
-    prepare: Callable[[nn.Module], None] | None = None,
+    prepare: Callable[[nn.Module], None] | None = None, even: bool = False,
 ) -> tuple[nn.Module, Mesh]:  # fmt: skip
     """The model spread over ep and sharded as `apply_fsdp` would: experts apart, then blocks, then the rest."""
     mesh = build_mesh(world, sizes=dict.fromkeys(AXES, 1) | sizes)
     with torch.device("meta"):
         model = spec.build().to(dtype)
     check_experts(model, plan=spec.ep_plan, ep=mesh.sizes["ep"], moe=MoeConfig())
-    apply_ep(model, mesh, plan=spec.ep_plan)
+    apply_ep(model, mesh, plan=spec.ep_plan, even=even)
     if prepare is not None:
         prepare(model)
     low = compute is not None

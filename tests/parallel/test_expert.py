@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distllm.checkpoint.chunk import chunk_of
@@ -19,7 +23,8 @@ from distllm.config.check_expert import expert_problems, experts_in
 from distllm.config.errors import ConfigError
 from distllm.config.schema import MoeConfig
 from distllm.engine.local import LocalParameters, local_part
-from distllm.parallel.expert import apply_ep, check_experts, expert_modules, grouped_linear
+from distllm.parallel.balance import RouterWatch
+from distllm.parallel.expert import apply_ep, check_experts, expert_modules, grouped_linear, shard_dim
 from distllm.parallel.mesh import AXES, build_mesh
 from tests.parallel.moe import (
     EXPERTS,
@@ -140,6 +145,33 @@ def test_outputs_and_gradients_whatever_the_choices(case: str, dtype: torch.dtyp
         assert np.abs(together - value).max() <= bound * np.abs(value).max(), name
 
 
+def test_ranks_that_cut_a_sequence_share_experts_too(tmp_path: Path) -> None:
+    """ep x cp: experts are sharded over cp, and their gradients add up over the tokens of all four ranks."""
+
+    def compute(layer: nn.Module, ranks: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        hidden, weights = (torch.cat([tokens_of(r, torch.float64)[i] for r in ranks]) for i in (0, 1))
+        index = torch.tensor([[0, 2], [3, 1], [1, 0], [2, 1], [3, 0]])
+        out = layer.experts(hidden, torch.cat([index.roll(r, 0) for r in ranks]), weights)
+        out.square().sum().backward()
+        return out.detach().numpy().copy(), gradients(layer)
+
+    layer, plan = lone_experts()
+    out, wanted = compute(layer, [0, 1, 2, 3])
+
+    def rank(world: World) -> Any:
+        mesh = build_mesh(world, sizes=dict.fromkeys(AXES, 1) | {"ep": 2, "cp": 2})
+        layer, _ = lone_experts()
+        apply_ep(layer, mesh, plan=plan)
+        fully_shard(layer.experts, mesh=mesh.weight_mesh(experts=True), shard_placement_fn=shard_dim(shards=2))
+        layer.experts.set_gradient_divide_factor(1.0)
+        layer.experts.set_force_sum_reduction_for_comms(True)
+        return compute(layer, [world.rank])
+
+    parts = on_ranks(rank, 4, tmp_path)
+    np.testing.assert_allclose(np.concatenate([p[0] for p in parts]), out, rtol=0, atol=1e-14 * np.abs(out).max())
+    assert max(worst(found, wanted) for _, found in parts) < 1e-12
+
+
 def test_bf16_through_fsdp_stays_near_one_process(tmp_path: Path) -> None:
     spec = moe_spec("mixtral")
     tensors = moe_tensors(spec, dtype=torch.float32)
@@ -192,6 +224,44 @@ def test_all_to_all_sends_what_the_formula_says(tmp_path: Path) -> None:
         assert len(back) == 2 * layers
     # What comes back is what others sent: over both ranks it is as much.
     assert sum(sum(there[2::3]) for there, _ in found) == sum(sum(back[1::2]) for _, back in found) == 2 * rows * layers
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # FSDP does, where it is moved to a device
+@pytest.mark.parametrize("fake_tensors", [False, True])
+def test_a_dry_run_of_many_ranks_has_the_shapes_of_even_loads(fake_tensors: bool, tmp_path: Path) -> None:
+    spec = moe_spec("mixtral", experts=16)
+    tensors = moe_tensors(spec)
+
+    def rank(world: World) -> tuple[list[int], list[int]]:
+        dist.init_process_group("fake", store=FakeStore(), rank=37, world_size=128)
+        many, watches = World(37, 128, 0, 1, world.device), []
+
+        def prepare(model: nn.Module) -> None:
+            experts = expert_modules(model, plan=spec.ep_plan)
+            watches.append(RouterWatch(model, experts=experts, moe=MoeConfig(balance=0.1)))
+
+        sizes = {"dp_shard": 8, "ep": 8, "dp_replicate": 2}
+        model, _ = on_mesh(many, spec, tensors, sizes=sizes, even=True, prepare=prepare)
+        assert model.get_parameter("model.layers.0.mlp.experts.down_proj").to_local().shape == (2, 16 // 8, 24)
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake_tensors else contextlib.nullcontext()
+        with mode:
+            if fake_tensors:
+                model.to_empty(device="cpu")
+            batch = moe_batch(range(2))
+            with AllToAll() as there, watches[0].forward_pass(batch) as routed:
+                loss = loss_sum(model, batch)
+            with AllToAll() as back:
+                loss.backward()
+        assert len(routed.load) == 2 and all(p.grad is not None for p in model.parameters())
+        dist.destroy_process_group()
+        return there.bytes, back.bytes
+
+    rows = 2 * SEQ * 2  # 28 rows, dealt to 16 experts: the ranks with the first 12 get 4 of each rank, the others 2
+    place = 37 % 8
+    there, back = on_ranks(rank, 1, tmp_path)[0]
+    came = 8 * (4 if 2 * place < 12 else 2)
+    assert there == [rows * 16 * 8, came * 16 * 8] * 2
+    assert back == [rows * 16 * 8, came * 16 * 8] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
