@@ -94,6 +94,7 @@ def spec_from_config(
             module.pooler = None  # the heads read hidden states: it would never learn
         if module.config._attn_implementation == "eager":
             module.register_forward_pre_hook(_additive_mask, with_kwargs=True)
+        _choose_experts_product(module)
         return module
 
     with torch.device("meta"):
@@ -148,6 +149,18 @@ def _construct(config: Any, task: str, attention: str, trust: bool) -> Any:
                     [f"model.attention={attention}: {config.model_type}: {first_line(error)}; use model.attention=auto"]
                 ) from error
     raise AssertionError("the last kernel returns or raises")
+
+
+def _choose_experts_product(module: Any) -> None:
+    """Loop over experts where torch's grouped product, transformers' default, cannot: it wants rows of 16 bytes or a multiple.
+
+    In fp64 it cannot either; who trains in fp64 calls `set_experts_implementation("eager")`.
+    """
+    if getattr(module.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    sizes = [size for p in module.parameters() if p.dim() == 3 for size in p.shape[1:]]
+    if any(size % 8 for size in sizes):  # 8 values of bf16
+        module.set_experts_implementation("eager")
 
 
 def _additive_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

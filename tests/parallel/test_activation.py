@@ -139,6 +139,25 @@ def test_under_fsdp_gathered_weights_stay_too(any_device_moves: list[torch.Tenso
     assert len(wanted) > 3 * BLOCKS and on_ranks(lambda world: moved(world, 2), 2, tmp_path) == [wanted] * 2
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_offload_frees_memory_and_keeps_every_bit() -> None:
+    def measure(offload: bool) -> tuple[int, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512)) for _ in range(4)).cuda()
+        apply_activation_checkpointing(list(blocks), ActivationConfig(offload=offload))
+        x = torch.randn(4096, 512, device="cuda")
+        before = torch.cuda.memory_allocated()
+        for block in blocks:
+            x = block(x)
+        held = torch.cuda.memory_allocated() - before
+        x.square().sum().backward()
+        return held, [p.grad.cpu() for p in blocks.parameters()]
+
+    (kept, wanted), (left, found) = measure(False), measure(True)
+    assert left < kept / 4
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_one_copy_serves_all_who_save_the_same_tensor(any_device_moves: list[torch.Tensor]) -> None:
     class Three(nn.Module):
         def __init__(self) -> None:
