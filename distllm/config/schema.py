@@ -298,6 +298,15 @@ class LayoutConfig(Section):
     """With pp_schedule csv: the file, a line of actions a rank (`0F0,0F1,0B0`), as torch.distributed.pipelining writes it."""
 
 
+class MoeConfig(Section):
+    """Mixture-of-experts models: losses that keep experts evenly loaded. They are of each sample by itself, so no split of the batch changes them."""
+
+    balance: Annotated[float, Field(ge=0.0)] = 0.0
+    """The weight of the sequence-wise balance loss of each layer (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), which is 1 where all experts get the same; 0.0001 to 0.01 are usual. 0 adds none, as transformers does by default."""
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """The weight of the router's z-loss (ST-MoE, arXiv 2202.08906), which keeps its logits small; 0.001 is usual."""
+
+
 class PrecisionConfig(Section):
     """Number formats. Master weights, optimizer state and gradient reductions stay fp32 in every mode."""
 
@@ -312,12 +321,16 @@ class PrecisionConfig(Section):
 
 
 class ActivationConfig(Section):
-    """Activation checkpointing: recompute blocks in the backward pass instead of keeping their activations."""
+    """Activation checkpointing: recompute in the backward pass what a block computed, instead of keeping it; or keep it on the CPU."""
 
-    mode: Literal["none", "full", "every"] = "none"
-    """full: every block. every: each k-th block."""
+    mode: Literal["none", "full", "every", "selective"] = "none"
+    """full: every block. every: each k-th block. selective: every block, but keep the results of the operators in `keep`."""
     every: Positive = 2
     """For mode `every`: k."""
+    keep: list[str] = ["matmul", "attention", "collectives"]
+    """For mode `selective`: the operators whose results are kept: matmul, attention, collectives (those of experts), or one by torch's name, such as aten.mm."""
+    offload: bool = False
+    """On a GPU: keep what blocks save for the backward pass in the memory of the CPU. Weights and small tensors stay. With full and every it is the inputs of blocks."""
 
 
 class OptimConfig(Section):
@@ -460,6 +473,7 @@ class Config(Section):
     decode: DecodeConfig = DecodeConfig()
     data: DataConfig = DataConfig()
     layout: LayoutConfig = LayoutConfig()
+    moe: MoeConfig = MoeConfig()
     precision: PrecisionConfig = PrecisionConfig()
     activation: ActivationConfig = ActivationConfig()
     optim: OptimConfig = OptimConfig()

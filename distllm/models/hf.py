@@ -28,7 +28,7 @@ from distllm.models.hf_config import (
     max_positions,
 )
 from distllm.models.hf_folder import weights_folder
-from distllm.models.hf_places import locate, tp_plan
+from distllm.models.hf_places import ep_plan, locate, tp_plan
 from distllm.models.quiet import quiet
 from distllm.models.spec import ModelSpec
 
@@ -94,6 +94,7 @@ def spec_from_config(
             module.pooler = None  # the heads read hidden states: it would never learn
         if module.config._attn_implementation == "eager":
             module.register_forward_pre_hook(_additive_mask, with_kwargs=True)
+        _choose_experts_product(module)
         return module
 
     with torch.device("meta"):
@@ -116,6 +117,7 @@ def spec_from_config(
         norm=places.norm,
         head=places.head,
         tp_plan=tp_plan(skeleton),
+        ep_plan=ep_plan(skeleton),
         vocab_size=config.vocab_size,
         max_seq_len=max_positions(config),
         flops_per_token=flops_per_token(config, skeleton, body=_body_alone(task, places.base)),
@@ -147,6 +149,18 @@ def _construct(config: Any, task: str, attention: str, trust: bool) -> Any:
                     [f"model.attention={attention}: {config.model_type}: {first_line(error)}; use model.attention=auto"]
                 ) from error
     raise AssertionError("the last kernel returns or raises")
+
+
+def _choose_experts_product(module: Any) -> None:
+    """Loop over experts where torch's grouped product, transformers' default, cannot: it wants rows of 16 bytes or a multiple.
+
+    In fp64 it cannot either; who trains in fp64 calls `set_experts_implementation("eager")`.
+    """
+    if getattr(module.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    sizes = [size for p in module.parameters() if p.dim() == 3 for size in p.shape[1:]]
+    if any(size % 8 for size in sizes):  # 8 values of bf16
+        module.set_experts_implementation("eager")
 
 
 def _additive_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -40,6 +40,8 @@ class ModelSpec:
     """The path of the output projection."""
     tp_plan: Mapping[str, str] = field(default_factory=dict)
     """Module pattern to style in transformers' words: {"model.layers.*.self_attn.q_proj": "colwise"}."""
+    ep_plan: Mapping[str, str] = field(default_factory=dict)
+    """Where experts are, in the same words: {"model.layers.*.mlp.experts": "ep_dispatch_experts"}; none in a dense model."""
     vocab_size: int | None = None
     """Rows of the embedding: token ids must be below it."""
     max_seq_len: int | None = None

@@ -107,7 +107,7 @@ def parallelize(
         model = model.double()
     blocks = find_blocks(model, spec=spec)
     if layout.activation is not None:
-        apply_activation_checkpointing(blocks, mode=layout.activation.mode, every=layout.activation.every)
+        apply_activation_checkpointing(blocks, layout.activation)
     if layout.compile_blocks:
         for block in blocks:
             block.compile()

@@ -16,6 +16,17 @@ from distllm.models.build import meta_model, resolve_spec
 from tests.models.families import FAMILIES, VOCABULARY, config_of, filled, random_ids, spec_of
 
 
+@pytest.mark.parametrize(("width", "product"), [(24, "grouped_mm"), (22, "eager")])
+def test_experts_of_any_width_are_multiplied(width: int, product: str) -> None:
+    spec = spec_of("mixtral", intermediate_size=width, num_local_experts=4)
+    assert spec.ep_plan["model.layers.*.mlp.experts"] == "ep_dispatch_experts"
+    model = filled(spec)
+    assert model.config._experts_implementation == product
+    logits = model(input_ids=random_ids(2, 5)).logits
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(model(input_ids=random_ids(2, 5)).logits, logits)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_finds_the_parts_of_every_family(kind: str) -> None:
     spec = spec_of(kind)
