@@ -7,7 +7,7 @@ from typing import Literal
 
 
 def context_problems(
-    *, seq_len: int, cp: int, method: Literal["ring", "all_gather", "ulysses"], heads: int | None, kv_heads: int | None, tp: int
+    seq_len: int, *, cp: int, method: Literal["ring", "all_gather", "ulysses"], heads: int | None, tp: int
 ) -> Iterator[str]:
     """What is wrong with cutting sequences over ranks.
 
@@ -16,8 +16,8 @@ def context_problems(
         cp: context-parallel ranks.
         method: ring and all_gather give each rank two parts of a sequence, ulysses one part, and some heads for the
             attention.
-        heads: query heads of a layer; None where they are not known.
-        kv_heads: key heads of a layer; any number goes, because ulysses repeats those that cp does not divide.
+        heads: query heads of a layer; None where they are not known. Any number of key heads goes: ulysses repeats those
+            that cp does not divide.
         tp: tensor-parallel ranks, which spread the heads first.
     """
     if cp == 1:
