@@ -195,6 +195,7 @@ def gradients(
         The gradients of keys and values, [2, B, K, N, D], in `wide` of their dtype.
     """
     key, value = keys
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # that of a sum is one number spread out
     dkv = torch.zeros(2, *key.shape, dtype=wide(key.dtype), device=key.device)
     for block in parts:
         q, k = block.queries, block.keys

@@ -131,30 +131,32 @@ def _switch(model: nn.Module, *, on: bool) -> None:
 
 def _refusals(model: nn.Module, attention: list[Any]) -> Iterator[str]:
     """Why the attention of a model cannot be replaced, and what works."""
+    for config in {id(module.config): module.config for module in attention}.values():
+        yield from _refusals_of_a_family(config, attention)
     families: list[Any] = [module for module in model.modules() if hasattr(type(module), "_supports_attention_backend")]
-    if not any("position_ids" in inspect.signature(module.forward).parameters for module in [model, *families]):
-        yield f"{type(model).__name__}.forward takes no position_ids, which say where its tokens stand; nearest: 1"
     for family in families:
         if not (family._supports_attention_backend and family._supports_flash_attn):
             # A family of whose attention flash kernels are told all in arguments tells ours all too.
             yield f"{family.config.model_type} has no attention that can be replaced; nearest: 1"
-    if not attention:
-        return
+    if not any("position_ids" in inspect.signature(module.forward).parameters for module in [model, *families]):
+        yield f"{type(model).__name__}.forward takes no position_ids, which say where its tokens stand; nearest: 1"
+
+
+def _refusals_of_a_family(config: Any, attention: list[Any]) -> Iterator[str]:
     from distllm.models.hf_config import counts_from_padding  # imports transformers
 
-    for config in {id(module.config): module.config for module in attention}.values():
-        kind, windows = config.model_type, attention_windows(config)
-        if config.is_encoder_decoder:
-            yield f"{kind} is an encoder-decoder, whose two sequences are not cut; nearest: 1"
-        if windows is None or getattr(config, "alibi", False) or counts_from_padding(type(config)):
-            yield f"{kind} has layers or positions that cannot be cut along the sequence; nearest: 1"
-        if getattr(config, "attn_logit_softcapping", None) or any(hasattr(module, "sinks") for module in attention):
-            yield f"{kind} changes attention scores in a way that ours does not know; nearest: 1"
-        if any(windows or ()) and not all(module.is_causal for module in attention):
-            yield f"{kind} has a sliding window that also looks ahead; nearest: 1"
-        for name in DROPOUTS:
-            if value := getattr(config, name, 0.0):
-                yield f"not together with dropout of attention probabilities, {name}={value}; nearest: model.sizes.{name}=0.0"
+    kind, windows = config.model_type, attention_windows(config)
+    if config.is_encoder_decoder:
+        yield f"{kind} is an encoder-decoder, whose two sequences are not cut; nearest: 1"
+    if windows is None or getattr(config, "alibi", False) or counts_from_padding(type(config)):
+        yield f"{kind} has layers or positions that cannot be cut along the sequence; nearest: 1"
+    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(module, "sinks") for module in attention):
+        yield f"{kind} changes attention scores in a way that ours does not know; nearest: 1"
+    if any(windows or ()) and not all(module.is_causal for module in attention):
+        yield f"{kind} has a sliding window that also looks ahead; nearest: 1"
+    for name in DROPOUTS:
+        if value := getattr(config, name, 0.0):
+            yield f"not together with dropout of attention probabilities, {name}={value}; nearest: model.sizes.{name}=0.0"
 
 
 def _attention_of_transformers(

@@ -46,7 +46,7 @@ def cut_batch(batch: Batch, mesh: Mesh, *, method: Method) -> Batch:
     ranks = mesh.sizes["cp"]
     if ranks == 1:
         return batch
-    batch = _filled_up(batch, parts=ranks if method == "ulysses" else 2 * ranks)
+    batch = _filled_up(batch, ranks=ranks, parts=ranks if method == "ulysses" else 2 * ranks)
     shape = batch.inputs["input_ids"].shape
     inputs = dict(batch.inputs)
     mask = inputs.pop("attention_mask", None)
@@ -75,7 +75,7 @@ def _short(mask: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (torch.arange(positions.shape[1], device=positions.device) - positions).to(torch.int32)
 
 
-def _filled_up(batch: Batch, *, parts: int) -> Batch:
+def _filled_up(batch: Batch, *, ranks: int, parts: int) -> Batch:
     """The batch with padding after each row, so that `parts` divides its length."""
     rows = batch.inputs["input_ids"]
     missing = -rows.shape[1] % parts
@@ -84,8 +84,8 @@ def _filled_up(batch: Batch, *, parts: int) -> Batch:
     inputs = dict(batch.inputs)
     mask = inputs.pop("attention_mask", None)
     if mask is not None and mask.dim() == 4:
-        rule = f"must divide the rows of {rows.shape[1]} tokens in {parts}"
-        raise ConfigError([f"layout.cp: {rule}; nearest: data.seq_len={rows.shape[1] + missing}"])
+        rule = f"must cut rows of {rows.shape[1]} tokens in {parts} equal parts"
+        raise ConfigError([f"layout.cp={ranks}: {rule}; nearest: data.seq_len={rows.shape[1] + missing}"])
     seen = torch.ones_like(rows) if mask is None else mask
     given = {name: F.pad(tensor, (0, missing)) for name, tensor in (inputs | {"attention_mask": seen}).items()}
     targets = {name: F.pad(tensor, (0, missing), value=IGNORE) for name, tensor in batch.targets.items()}
