@@ -138,7 +138,8 @@ def _refusals(model: nn.Module, attention: list[Any]) -> Iterator[str]:
         if not (family._supports_attention_backend and family._supports_flash_attn):
             # A family of whose attention flash kernels are told all in arguments tells ours all too.
             yield f"{family.config.model_type} has no attention that can be replaced; nearest: 1"
-    if not any("position_ids" in inspect.signature(module.forward).parameters for module in [model, *families]):
+    # Of the classes, because the forward of a pipeline stage may be one of the instance's own.
+    if not any("position_ids" in inspect.signature(type(module).forward).parameters for module in model.modules()):
         yield f"{type(model).__name__}.forward takes no position_ids, which say where its tokens stand; nearest: 1"
 
 

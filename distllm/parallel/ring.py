@@ -82,7 +82,10 @@ def _hop(tensor: torch.Tensor, group: dist.ProcessGroup) -> _Hop:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
     coming = torch.empty_like(tensor)
-    exchange = [dist.P2POp(dist.isend, tensor, after, group), dist.P2POp(dist.irecv, coming, before, group)]
+    exchange = [
+        dist.P2POp(dist.isend, tensor, peer=after, group=group),
+        dist.P2POp(dist.irecv, coming, peer=before, group=group),
+    ]
     return _Hop(coming, tensor, dist.batch_isend_irecv(exchange))
 
 

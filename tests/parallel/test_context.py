@@ -157,6 +157,23 @@ def bert(**sizes: Any) -> ModelSpec:
     return spec_from_config(config, task="masked_lm")
 
 
+def test_a_model_with_eager_attention_is_cut_and_given_back(tmp_path: Path) -> None:
+    """Its dense masks are made additive on the way in; the short ones must come through as they are."""
+    spec = spec_of("llama", attention="eager")
+
+    def rank(world: World) -> tuple[Pass, Pass]:
+        mesh = cp_mesh(world)
+        model = apply_cp(made(spec).double(), mesh, method="all_gather")
+        cut = run(model, cut_batch(rows(0, documents=True), mesh, method="all_gather"))
+        with plain_attention(model):
+            return cut, run(model, rows(0, documents=True))
+
+    parts = on_ranks(rank, 2, tmp_path)
+    # transformers' eager softmax computes in fp32 whatever it is given; ours is as exact as torch's.
+    assert error(added([cut for cut, _ in parts]), run(made(spec_for("llama")).double(), rows(0, documents=True))) < 1e-12
+    assert error(parts[0][1], run(made(spec).double(), rows(0, documents=True))) == 0.0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_with_sharded_data_parallelism_on_meta(method: Method, tmp_path: Path) -> None:
     """cp 2 x dp_shard 2 share the weights: FSDP adds the gradients of all tokens, with blocks recomputed."""
@@ -285,6 +302,16 @@ def test_a_users_module_is_cut_by_the_attention_that_it_holds(documents: bool, t
     for i in range(0, 6, 2):
         assert error(added([some[i] for some in parts]), wanted) < 1e-12
         assert error(parts[0][i + 1], wanted) == 0.0
+
+
+def test_autocast_reaches_attention_as_it_reaches_torchs(tmp_path: Path) -> None:
+    def rank(world: World) -> list[torch.dtype]:
+        attention: Any = apply_cp(own(), cp_mesh(world), method="ring").attention
+        heads = torch.ones(1, 2, 4, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            return [attention(heads, heads, heads).dtype, Attention()(heads, heads, heads).dtype]
+
+    assert on_ranks(rank, 2, tmp_path) == [[torch.bfloat16, torch.bfloat16]] * 2
 
 
 def test_one_rank_leaves_the_model_alone() -> None:
