@@ -236,11 +236,10 @@ class _Attend(torch.autograd.Function):
         mine, theirs, rule = ctx.rest
         saved = Saved(query, out, lse, tuple(extra))
         dq = torch.zeros(query.shape, dtype=wide(query.dtype), device=query.device)
-        parts = [
-            gradients(grad, saved, dq, (part[0], part[1]), blocks(mine, runs, rule=rule), rule=rule)
-            for part, runs in zip(kv, theirs, strict=True)
-        ]
-        return dq.to(query.dtype), torch.stack(parts).to(kv.dtype), None, None, None
+        dkv = torch.empty_like(kv)
+        for part, runs, place in zip(kv, theirs, dkv, strict=True):
+            place.copy_(gradients(grad, saved, dq, (part[0], part[1]), blocks(mine, runs, rule=rule), rule=rule))
+        return dq.to(query.dtype), dkv, None, None, None
 
 
 def attend(

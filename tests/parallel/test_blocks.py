@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -61,22 +62,30 @@ def test_blocks_cover_what_may_be_seen_once(ranks: int, name: str, monkeypatch: 
     assert torch.equal(seen, wanted.long())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("name", RULES)
-def test_parts_add_up(name: str, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_add_up(
+    name: str, dtype: torch.dtype, bound: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "TILE", 3)
     given, rule = problem(32, 4, 2, dtype), rule_named(name, 32)
-    query, key, value, grad = given
+    if rule.starts is not None:
+        rule = replace(rule, starts=rule.starts.to(device))
+    if rule.seen is not None:
+        rule = replace(rule, seen=rule.seen.to(device))
+    query, key, value, grad = (tensor.to(device) for tensor in given)
     for tensor in (query, key, value):
         tensor.requires_grad_()
     runs = [zigzag(rank, ranks=2, seq_len=32) for rank in range(2)]
     kv = torch.stack([torch.stack((held(key, some), held(value, some))) for some in runs])
     outs = [attend(held(query, some), kv, mine=some, theirs=runs, rule=rule) for some in runs]
-    order = torch.tensor([place for some in runs for place in places(some)]).argsort()
+    order = torch.tensor([place for some in runs for place in places(some)]).argsort().to(device)
     out = torch.cat(outs, 2)[:, :, order]
     assert out.dtype == dtype
     found = [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
-    assert worst([tensor.double().numpy() for tensor in found], by_the_book(given, rule)) < bound
+    wanted = by_the_book(given, rule_named(name, 32))
+    assert worst([tensor.double().cpu().numpy() for tensor in found], wanted) < bound
 
 
 def test_a_masked_block_is_a_tile_however_long_the_sequence() -> None:

@@ -47,6 +47,18 @@ def _run(kernel: Kernel, name: str, dtype: torch.dtype, device: str) -> list[np.
     return [tensor.double().cpu().numpy() for tensor in (out, *gradients)]
 
 
+@pytest.mark.parametrize(("kernel", "masked"), [(CUDA_FLASH, False), (CUDA_EFFICIENT, False), (CUDA_EFFICIENT, True)])
+def test_cuda_kernels_are_called_as_torch_declares_them(kernel: Kernel, masked: bool) -> None:
+    """Arguments and shapes alone, on meta: what can be checked of them where there is no GPU."""
+    query, key, value, grad = (tensor.to("meta") for tensor in problem(24, 4, 2, torch.bfloat16))
+    mask = additive(torch.ones(2, 1, 24, 24, dtype=torch.bool), dtype=torch.bfloat16).to("meta") if masked else None
+    asked = {"causal": not masked, "mask": mask, "scale": SCALE}
+    out, lse, extra = kernel.forward(query, key, value, **asked)
+    assert out.shape == query.shape and lse.shape == query.shape[:3] and lse.dtype == torch.float32 and len(extra) == 2
+    gradients = kernel.backward(grad, query, key, value, out, lse, **asked, extra=extra)
+    assert [g.shape for g in gradients] == [query.shape, key.shape, value.shape]
+
+
 @pytest.mark.parametrize("kernel", [CPU_FLASH, PLAIN], ids=lambda kernel: kernel.name)
 def test_a_query_without_keys_gives_nothing(kernel: Kernel) -> None:
     query, key, value, grad = problem(24, 4, 2, torch.float32)
