@@ -386,6 +386,7 @@ def run_train(loaded: Loaded) -> int:
     from distllm import comm
     from distllm.train.build import build
     from distllm.train.loop import train as train_loop
+    from distllm.train.signals import hold_sigterm
     from distllm.watch.watch import Watch
 
     config = loaded.config
@@ -396,6 +397,8 @@ def run_train(loaded: Loaded) -> int:
     except ValueError as error:  # a device that this machine does not have
         raise ConfigError([str(error)]) from error
     watch = Watch(world, lost_s=config.train.lost_s, stall_s=config.train.stall_s)
+    if world.size > 1:
+        hold_sigterm(world.place)
     try:
         code = train_loop(build(config, world))
     except KeyboardInterrupt:

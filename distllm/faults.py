@@ -95,7 +95,7 @@ def tell_of_rank(error: BaseException, watch: Watch, *, world: World, debug: boo
     if isinstance(error, DistllmError | OSError):
         watch.fail()
     else:
-        cause = watch.explain(lost=describe(error)[1] == EXIT_LOST, timed_out="timed out" in str(error).lower())
+        cause = watch.explain(error, lost=describe(error)[1] == EXIT_LOST, timed_out="timed out" in str(error).lower())
         if cause is not None:
             cause.__cause__ = error
             return tell(cause, debug=debug, silent=not str(cause))

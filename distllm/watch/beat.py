@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,9 @@ _COMPILERS = (  # files that are on the stack while torch.compile compiles, and 
     "torch/_dynamo/convert_frame.py", "torch/_inductor/graph.py", "torch/_inductor/async_compile.py",
 )  # fmt: skip
 _STACK_LIMIT = 400
+
+Frame = tuple[str, int, str]
+"""File, line, function."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,21 @@ class Pulse:
         self._before: tuple[Any, ...] = ()
         self._moved = clock()
 
-    def take(self, status: str = RUNS, *, closely: bool = False) -> Beat:
-        """This rank's next beat; `closely` also looks up the collective of a rank that moved a moment ago."""
+    def take(self, status: str = RUNS, *, error: BaseException | None = None) -> Beat:
+        """This rank's next beat.
+
+        Args:
+            status: how it is.
+            error: what ended its training; then it stands where that was raised.
+        """
         place, entered, now = self._world.place, _entered(), self._clock()
         moves = (place.moves, place.step, tuple(entered.items()))
         moved, self._before = moves != self._before, moves
         self._moved = now if moved else self._moved
         self._number += 1
-        stack = list(_stack(self._thread))
+        stack = list(_stack(self._thread)) if error is None else _raised_at(error)
         patient = place.first or place.phase in ("start", "checkpoint", "end") or _is_patient(stack)
-        known = closely or not moved
+        known = error is not None or not moved
         collective = _collective() if known else None
         waits = bool(stack) and "/torch/distributed/" in stack[0][0]
         if waits and collective is None:
@@ -160,8 +169,8 @@ def _collective() -> Collective | None:
     return Collective(entry["profiling_name"].rpartition(":")[2], entry["collective_seq_id"], group)
 
 
-def _stack(thread: int) -> Iterator[tuple[str, int, str]]:
-    """File, line and function of the frames of a thread, innermost first."""
+def _stack(thread: int) -> Iterator[Frame]:
+    """The frames of a thread, innermost first."""
     frame: FrameType | None = sys._current_frames().get(thread)
     count = 0
     while frame is not None and count < _STACK_LIMIT:
@@ -169,13 +178,19 @@ def _stack(thread: int) -> Iterator[tuple[str, int, str]]:
         frame, count = frame.f_back, count + 1
 
 
-def _is_patient(stack: list[tuple[str, int, str]]) -> bool:
+def _raised_at(error: BaseException) -> list[Frame]:
+    """The stack where an error was raised, innermost first."""
+    frames = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in walk_tb(error.__traceback__)]
+    return frames[::-1]
+
+
+def _is_patient(stack: list[Frame]) -> bool:
     """Whether it compiles, or rank 0 works while the others wait."""
     alone = any(name == "main_first" and file.endswith("distllm/comm.py") for file, _, name in stack)
     return alone or any(file.endswith(_COMPILERS) for file, _, _ in stack)
 
 
-def _phase(phase: str, stack: list[tuple[str, int, str]]) -> str:
+def _phase(phase: str, stack: list[Frame]) -> str:
     """A step's phase by what is on the stack; the engine need not say it."""
     if phase != "step":
         return phase
@@ -189,10 +204,11 @@ def _phase(phase: str, stack: list[tuple[str, int, str]]) -> str:
     return "step"
 
 
-def _at(stack: list[tuple[str, int, str]]) -> str:
+def _at(stack: list[Frame]) -> str:
     """The innermost place outside of torch and of Python's own library."""
-    library = os.path.dirname(os.__file__) + os.sep
+    library, torch_part = os.path.dirname(os.__file__) + os.sep, f"{os.sep}torch{os.sep}"
     for file, line, name in stack:
-        if os.sep + "torch" + os.sep not in file and (not file.startswith(library) or "site-packages" in file):
+        own = not file.startswith(("<", library)) or "site-packages" in file
+        if own and torch_part not in file:
             return f"{os.sep.join(file.split(os.sep)[-2:])}:{line} in {name}"
     return ""

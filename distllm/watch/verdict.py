@@ -9,7 +9,7 @@ from pathlib import Path
 from distllm.watch.beat import FAILED, LEFT, RUNS, Beat
 
 _PHASES = {
-    "start": "while it started", "data": "while it waited for data", "step": "in the step", "forward": "in the forward pass",
+    "start": "while it started", "data": "while it waited for data", "forward": "in the forward pass",
     "backward": "in the backward pass", "update": "in the update of the weights", "evaluation": "in the evaluation",
     "sample": "while it wrote a text sample", "checkpoint": "while it saved a checkpoint", "end": "at the end of the run",
 }  # fmt: skip
@@ -89,25 +89,31 @@ def tell(verdict: Verdict, *, checkpoint: Path | None) -> str:
         verdict: whom.
         checkpoint: the newest one; None where there is none.
     """
-    beat = verdict.culprit.beat
+    beat, lives = verdict.culprit.beat, verdict.culprit.age_s == 0.0 and verdict.culprit.end is None
     known = [b for b in verdict.waiting if b.collective is not None]
     step = max([beat.step, *(b.step for b in known)])
-    # A beat may be a second old, and the others know better how far the step came: they cannot be a step ahead.
-    phase = beat.phase if beat.step == step or not known else known[0].phase
-    at = f", at {beat.at}" if beat.at else ""
-    waits = [f"{_ranks([b.rank for b in known if str(b.collective) == c])} in {c}" for c in _distinct(known)]
-    held = f"; {_waits(known)} for it: {', '.join(waits)}" if waits else ""
+    where = f" at step {step}" if step else ""
+    if beat.step == step and beat.phase in _PHASES:  # the last beat of a dead rank is up to a second old
+        where += f"{', ' if step else ' '}{'' if lives else 'last seen '}{_PHASES[beat.phase]}"
+        where += f", at {beat.at}" if beat.at else ""
+    held = "".join(f"; {_who_waits(known, b)}" for b in _one_each(known))
     saved = f"goes on from {checkpoint.name}" if checkpoint else "starts again: there is no checkpoint yet"
-    where = f"at step {step}, {_PHASES.get(phase, phase)}" if step else _PHASES.get(phase, phase)
-    return f"rank {beat.rank} (host {beat.host}) {verdict.what} {where}{at}{held}; the same command {saved}"
+    return f"rank {beat.rank} (host {beat.host}) {verdict.what}{where}{held}; the same command {saved}"
 
 
-def _waits(beats: Sequence[Beat]) -> str:
-    return "one rank waits" if len(beats) == 1 else f"{len(beats)} ranks wait"
+def _place(beat: Beat) -> tuple[str, str]:
+    return beat.phase, str(beat.collective)
 
 
-def _distinct(beats: Sequence[Beat]) -> list[str]:
-    return list(dict.fromkeys(str(b.collective) for b in beats))
+def _one_each(beats: Sequence[Beat]) -> list[Beat]:
+    """A beat for each place where ranks wait."""
+    return list({_place(beat): beat for beat in beats}.values())
+
+
+def _who_waits(beats: Sequence[Beat], like: Beat) -> str:
+    ranks = [b.rank for b in beats if _place(b) == _place(like)]
+    phase = f"{_PHASES[like.phase]}, " if like.phase in _PHASES else ""
+    return f"{_ranks(ranks)} {'wait' if len(ranks) > 1 else 'waits'} for it {phase}in {like.collective}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -66,10 +66,11 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="distllm-watch", daemon=True)
         self._thread.start()
 
-    def explain(self, *, lost: bool, timed_out: bool) -> LostError | None:
+    def explain(self, error: BaseException, *, lost: bool, timed_out: bool) -> LostError | None:
         """Find out whether this rank's error only follows from another rank's end, and which.
 
         Args:
+            error: what this rank met.
             lost: whether it is the loss of a connection; then it waits for the news as long as it may take.
             timed_out: whether a collective waited too long; then a rank that stands still is blamed whatever it does.
 
@@ -81,19 +82,20 @@ class Watch:
             return None
         self._end_thread()
         until = time.monotonic() + (self._lost_s + 2 * self._look_s if lost else _ECHO_S)
-        while time.monotonic() < until:
-            try:
-                self._put(STUCK)
+        try:
+            while time.monotonic() < until:
+                self._put(STUCK, error)
                 seen = self._see(range(self._world.size))
                 if self._slots.told() or any(s.beat.status == FAILED for s in seen):
                     return LostError("")
                 stall_s = 0.0 if timed_out else float("inf")
                 verdict = judge(seen, lost_s=self._lost_s, stall_s=stall_s, patient=not timed_out)
                 if verdict is not None:
-                    return LostError(self._line(verdict) if self._slots.mark_told() else "")
-            except (RuntimeError, OSError):  # the store's host has gone too
-                break
-            time.sleep(0.1)
+                    line = self._line(verdict)
+                    return LostError(line if self._claim(line, verdict) else "")
+                time.sleep(0.1)
+        except (RuntimeError, OSError):
+            pass  # the store has gone with its host
         self.fail()
         return None
 
@@ -151,13 +153,13 @@ class Watch:
                 self._slots.mark_told()
                 self._follow()
 
-    def _put(self, status: str) -> None:
+    def _put(self, status: str, error: BaseException | None = None) -> None:
         """Beat. Time counts in looks, so that a process, or a machine, that was itself stopped blames nobody for it."""
         assert self._slots is not None
         now = time.monotonic()
         self._now += min(now - self._last, 2 * self._look_s)
         self._last = now
-        self._slots.put(self._pulse.take(status, closely=status == STUCK).to_bytes())
+        self._slots.put(self._pulse.take(status, error=error).to_bytes())
 
     def _see(self, ranks: Sequence[int]) -> list[Seen]:
         assert self._slots is not None
@@ -179,10 +181,18 @@ class Watch:
         if self._stopping.is_set():  # the training thread has met an error, and looks for its reason itself
             return
         line = self._line(verdict)
-        if self._slots.mark_told():
-            self._write(line)
-            verdict.culprit.beat.process.go_on()  # it sees the mark, and ends too
+        if self._claim(line, verdict):
+            self._show(line)
         self._leave()
+
+    def _claim(self, line: str, verdict: Verdict) -> bool:
+        """Whether this rank is the one that tells; then the line is in its log."""
+        assert self._slots is not None
+        if not self._slots.mark_told():
+            return False
+        _in_time(lambda: self._log(line), None)
+        verdict.culprit.beat.process.go_on()  # one that was stopped sees the mark, and ends too
+        return True
 
     def _follow(self) -> None:
         """The end has been told: leave, if the training thread has not done so in a while."""
@@ -197,7 +207,9 @@ class Watch:
         beat = self._known[0][0]
         if beat.status not in (FAILED, LEFT) and self._world.local_rank == 0:  # the machines cannot agree on who tells
             verdict = Verdict(Seen(beat, self._lost_s), "stopped answering, and the rendezvous with it,", ())
-            self._write(self._line(verdict))
+            line = self._line(verdict)
+            _in_time(lambda: self._log(line), None)
+            self._show(line)
         self._leave()
 
     def _line(self, verdict: Verdict) -> str:
@@ -205,10 +217,9 @@ class Watch:
         newest = _in_time(lambda: _newest(folder), None) if folder else None
         return tell(verdict, checkpoint=newest)
 
-    def _write(self, line: str) -> None:
-        """To the standard error stream without its locks, which the training thread may hold, and to the rank's log."""
+    def _show(self, line: str) -> None:
+        """Write to the standard error stream, without its locks, which the training thread may hold."""
         os.write(2, (("\n" if os.isatty(2) else "") + f"distllm: {line}\n").encode())
-        _in_time(lambda: self._log(line), None)
 
     def _log(self, line: str) -> None:
         folder = self._world.place.folder
