@@ -6,6 +6,7 @@ count their collectives themselves, and the call stack is looked at from the hea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -138,16 +139,20 @@ def _entered() -> dict[str, int]:
     counted: dict[str, int] = {}
     for group in groups:
         if group is not None and not group.group_desc.endswith("_pp"):
-            counted[group.group_name] = sum(_sequence_numbers(group))
+            counted[group.group_name] = _sequence_number(group)
     return counted
 
 
-def _sequence_numbers(group: dist.ProcessGroup) -> Iterator[int]:
+def _sequence_number(group: dist.ProcessGroup) -> int:
+    backends = set()  # gloo alone stands for both kinds of device
     for kind in ("cpu", "cuda"):
-        try:
-            yield group._get_backend(torch.device(kind))._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        except (RuntimeError, AttributeError):  # it has none for this kind of device
-            continue
+        with contextlib.suppress(RuntimeError):  # the group has none for this kind
+            backends.add(group._get_backend(torch.device(kind)))
+    total = 0
+    for backend in backends:
+        with contextlib.suppress(RuntimeError, AttributeError):  # one that does not count
+            total += backend._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return total
 
 
 def _collective() -> Collective | None:

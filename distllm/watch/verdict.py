@@ -94,7 +94,7 @@ def tell(verdict: Verdict, *, checkpoint: Path | None) -> str:
     step = max([beat.step, *(b.step for b in known)])
     where = f" at step {step}" if step else ""
     if beat.step == step and beat.phase in _PHASES:  # the last beat of a dead rank is up to a second old
-        where += f"{', ' if step else ' '}{'' if lives else 'last seen '}{_PHASES[beat.phase]}"
+        where += f"{', ' if step or not lives else ' '}{'' if lives else 'last seen '}{_PHASES[beat.phase]}"
         where += f", at {beat.at}" if beat.at else ""
     held = "".join(f"; {_who_waits(known, b)}" for b in _one_each(known))
     saved = f"goes on from {checkpoint.name}" if checkpoint else "starts again: there is no checkpoint yet"
