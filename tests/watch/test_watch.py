@@ -18,6 +18,7 @@ import pytest
 from tests.runs import losses, tiny_config
 
 LIMIT_S = 100.0
+pytestmark = pytest.mark.timeout(400)  # processes of several seconds each, on a machine that may be busy
 SETTINGS = (
     "device=cpu", "train.timeout_s=3600", "train.lost_s=3", "train.stall_s=4", "train.micro_batch=4",
     "train.global_batch=null", "train.accumulation=1", "train.eval_every=0", "train.sample_tokens=0", "train.steps=8",
