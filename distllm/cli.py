@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, ConfigError, DataError, DistllmError
-from distllm.faults import EXIT_INTERRUPTED, say, tell, tells_first
+from distllm.faults import EXIT_INTERRUPTED, say, tell, tell_of_rank
 from distllm.options import (
     Average,
     Beams,
@@ -386,6 +386,8 @@ def run_train(loaded: Loaded) -> int:
     from distllm import comm
     from distllm.train.build import build
     from distllm.train.loop import train as train_loop
+    from distllm.train.signals import hold_sigterm
+    from distllm.watch.watch import Watch
 
     config = loaded.config
     try:
@@ -394,12 +396,16 @@ def run_train(loaded: Loaded) -> int:
         raise
     except ValueError as error:  # a device that this machine does not have
         raise ConfigError([str(error)]) from error
+    watch = Watch(world, lost_s=config.train.lost_s, stall_s=config.train.stall_s)
+    if world.size > 1:
+        hold_sigterm(world.place)
     try:
         code = train_loop(build(config, world))
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BaseException as error:  # DCP's CheckpointException is no Exception
-        code = tell(error, debug="--debug" in sys.argv, silent=not tells_first(error, world))
+        code = tell_of_rank(error, watch, world=world, debug="--debug" in sys.argv)
+    watch.stop()
     comm.stop(world, code=code)
     return code
 

@@ -10,14 +10,38 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+class Place:
+    """Where a rank is in its run, for those who watch it: plain attributes, so that saying it costs an assignment."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        """The optimizer step that it is at, from 1; 0 before the first."""
+        self.phase = "start"
+        self.first = True
+        """Whether it is the first time in this phase, which may take long: kernels are loaded, blocks compiled."""
+        self.moves = 0
+        """Grows with every phase that it comes to."""
+        self.folder: Path | None = None
+        """The run folder."""
+        self._been: set[str] = set()
+
+    def enter(self, phase: str) -> None:
+        """Come to a phase: start, data, step, evaluation, sample, checkpoint, end."""
+        self.first = phase not in self._been
+        self._been.add(phase)
+        self.phase = phase
+        self.moves += 1
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    place: Place = field(default_factory=Place, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +97,12 @@ def start(device: str = "auto", *, timeout_s: float = 120.0) -> World:
             timeout=timedelta(seconds=timeout_s),
         )
     return World(rank, size, local_rank, local_size, target)
+
+
+def local_store() -> str | None:
+    """The file in which the ranks of one machine meet; None where they meet in another way."""
+    method = os.environ.get("DISTLLM_INIT_METHOD", "")
+    return method.removeprefix("file://") if method.startswith("file://") else None
 
 
 def stop(world: World, *, code: int) -> None:
@@ -154,7 +185,7 @@ def main_first(work: Callable[[], T], world: World, *, patience_s: float = 7 * 2
     """
     if world.size == 1:
         return work()
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s), group_desc="main_first")
     box: list[Any] = [None, None]
     if world.is_main:
         try:

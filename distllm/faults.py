@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from distllm.config.errors import EXIT_BUG, EXIT_LOST, EXIT_MEMORY, EXIT_STORAGE, ConfigError, DistllmError
 
 if TYPE_CHECKING:
     from distllm.comm import World
+    from distllm.watch.watch import Watch
 
 EXIT_INTERRUPTED = 130
 _STORAGE = {
@@ -81,6 +81,27 @@ def describe(error: BaseException) -> tuple[list[str], int]:
     return [f"unexpected error: {told}; --debug shows the traceback. This is a fault of distllm: please report it"], EXIT_BUG
 
 
+def tell_of_rank(error: BaseException, watch: Watch, *, world: World, debug: bool) -> int:
+    """Tell the error that ends this rank, once over all ranks, and return the exit code.
+
+    What only follows from another rank's end is told as that: which rank, where it was, and who waited for it in what.
+
+    Args:
+        error: what was raised.
+        watch: over the ranks of the world.
+        world: this rank's facts.
+        debug: print the traceback too, on every rank.
+    """
+    if isinstance(error, DistllmError | OSError):
+        watch.fail()
+    else:
+        cause = watch.explain(error, lost=describe(error)[1] == EXIT_LOST, timed_out="timed out" in str(error).lower())
+        if cause is not None:
+            cause.__cause__ = error
+            return tell(cause, debug=debug, silent=not str(cause))
+    return tell(error, debug=debug, silent=not tells_first(error, world))
+
+
 def tells_first(error: BaseException, world: World) -> bool:
     """Whether this rank is the first of all ranks with an error; the others' errors are the same, or follow from it."""
     if world.size == 1:
@@ -89,9 +110,6 @@ def tells_first(error: BaseException, world: World) -> bool:
 
     if "DISTLLM_INIT_METHOD" in os.environ and describe(error)[1] == EXIT_LOST and "timed out" not in str(error).lower():
         return False  # of local ranks, the one that died has told why, or the launcher does
-    if not isinstance(error, DistllmError | OSError):
-        # Often only the echo of another rank's end. Who knows better (that rank, or the launcher) speaks meanwhile.
-        time.sleep(0.5)
     try:
         return int(dist.distributed_c10d._get_default_store().add("distllm/told", 1)) == 1
     except Exception:  # the store's host has gone, and has told

@@ -137,6 +137,8 @@ class _Ranks:
     def _tell(self, rank: int, code: int) -> int:
         if code >= 0:
             return code  # the rank itself has told why
+        if (self._folder / "store.told").exists():
+            return 128 - code  # another rank has, and where the run was
         name = signal.Signals(-code).name
         why = " (often: the machine is out of memory)" if -code == signal.SIGKILL else ""
         print(f"distllm: rank {rank} was ended by {name}{why}; the other ranks were stopped", file=sys.stderr)

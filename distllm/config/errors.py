@@ -53,6 +53,12 @@ class DivergedError(DistllmError):
     exit_code = EXIT_DIVERGED
 
 
+class LostError(DistllmError):
+    """Another rank died or stalled: names it; without a text where another rank tells it."""
+
+    exit_code = EXIT_LOST
+
+
 class StorageError(DistllmError):
     """The disk is full or a folder cannot be written."""
 

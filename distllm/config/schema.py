@@ -424,6 +424,10 @@ class TrainConfig(Section):
     """Ask torch for deterministic algorithms: repeatable bits on GPUs too, slower."""
     timeout_s: Positive = 120
     """Seconds after which a collective that a rank does not join is an error."""
+    lost_s: Positive = 10
+    """Seconds without a sign of life from a rank after which the others end the run, naming it. A rank of the same machine whose process has ended is noticed at once."""
+    stall_s: Positive = 60
+    """Seconds after which the others end the run, naming the rank that stands still outside of a collective while they wait for it in one. The start, compiling, saving, work that rank 0 does alone, and the first step and evaluation may take longer."""
 
 
 class CheckpointConfig(Section):

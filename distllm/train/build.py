@@ -275,6 +275,7 @@ def _layout_of(config: Config) -> Layout:
 
 def save(run: Run, *, position: Position) -> None:
     """Write a checkpoint of the run as it is now."""
+    run.world.place.enter("checkpoint")
     facts = {"position": asdict(position), "data": asdict(run.data), "engine": run.engine.facts(), "wandb_id": run.tracker.run_id}
     run.checkpoints.save(
         run.engine.updates, run.engine.state(), facts=facts, rng=random_state(run.world.device),

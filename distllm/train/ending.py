@@ -31,6 +31,7 @@ def sample_text(run: Run, step: int) -> str | None:
     t = run.config.train
     if t.sample_tokens == 0 or not t.sample_prompts or run.task.kind not in WRITES:
         return None
+    run.world.place.enter("sample")
     with run.meter.pause(), run.engine.averaged(), run.engine.inference() as model:
         texts = generate.sample_text(
             model, tokenizer=run.tokenizer, prompts=t.sample_prompts, max_len=run.spec.max_seq_len,

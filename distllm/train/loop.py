@@ -26,6 +26,7 @@ def due(step: int, every: int) -> bool:
 
 def train(run: Run) -> int:
     """Train the run, and close its files and its W&B run however it ends; returns and errors as in `train_steps`."""
+    run.world.place.folder = run.folder.path
     try:
         code = EXIT_OK if tell_if_done(run) else train_steps(run)
     except BaseException as error:
@@ -45,7 +46,7 @@ def train_steps(run: Run) -> int:
         DivergedError: `train.max_skips` steps in a row were not finite; the last good checkpoint stands.
     """
     t, every, engine, meter = run.config.train, run.config.checkpoint.every, run.engine, run.meter
-    at, step, clock = run.start, engine.updates, _Clock(run.start.seconds)
+    at, step, clock, place = run.start, engine.updates, _Clock(run.start.seconds), run.world.place
     agreement, stopping, saved = Agreement(run.world, flags=3), False, False
     enough = 0 < t.patience <= at.best.bad
     noise_scale = NoiseScale()
@@ -54,8 +55,11 @@ def train_steps(run: Run) -> int:
     bar = Progress(t.steps, start=step, terminal=run.world.is_main)
     with StopRequest() as request, bar, closing(_step_batches(run)) as batches:
         while step < t.steps and not stopping and not enough:
+            place.step = step + 1
+            place.enter("data")
             with meter.waiting():
                 data = next(batches)
+            place.enter("step")
             noise = run.config.track.noise_scale and due(step + 1, t.log_every)
             out = engine.train_step(data.microbatches, samples=data.samples, noise=noise)
             meter.step(data.tokens)
@@ -92,6 +96,7 @@ def train_steps(run: Run) -> int:
                 save(run, position=replace(at, seconds=clock.total()))
                 run.checkpoints.mark_best(step)
             sample = sample_text(run, step)
+        place.enter("end")
         run.checkpoints.wait()
     code = EXIT_STOPPED if stopping else EXIT_OK
     tell_end(run, at, last, sample, seconds=clock.total(), stopped=(request.received or "another rank") if stopping else None)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
 
+from distllm.comm import Place
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def hold_sigterm(place: Place) -> None:
+    """Let SIGTERM end this process at once before and after training, as ever, and not at all in between.
+
+    While it trains, `StopRequest` catches it. When an error has ended that, a launcher may already send SIGTERM because
+    another rank has died, and this rank has yet to tell why.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if place.phase in ("start", "end"):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 class StopRequest:

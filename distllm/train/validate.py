@@ -25,6 +25,7 @@ def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position
         The position with the best figure brought up to date, the evaluation, and whether it is the best, or one too many
         that is not.
     """
+    run.world.place.enter("evaluation")
     with run.meter.pause(), run.engine.averaged():
         batches = validation_batches(
             run.samples, micro_batch=run.resolved.micro_batch, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size,
