@@ -25,7 +25,7 @@ from distllm.models.spec import ModelSpec
 from distllm.parallel.collectives import copy_all_to, gather_from, scatter_to
 from distllm.parallel.mesh import Mesh
 from distllm.parallel.tensor_heads import Heads, heads_of, keep_own_heads
-from distllm.parallel.tensor_params import Slot, TensorRanks, is_cut, standing_in
+from distllm.parallel.tensor_params import Slot, TensorRanks, is_cut, piece_range, replace_forward, standing_in
 from distllm.parallel.tensor_styles import (
     COLWISE,
     PARAMETER_STYLES,
@@ -34,6 +34,7 @@ from distllm.parallel.tensor_styles import (
     Entrance,
     LogitsForward,
     Site,
+    as_logits,
 )
 
 
@@ -62,6 +63,7 @@ def apply_tp(
     blocks = [block for path in spec.blocks for block in _children(model, path)]
     _cut_layers(ranks, model, plan=spec.tp_plan, head=spec.head, blocks=blocks)
     _refuse_half_tied(ranks, model)
+    _cut_logits_bias(ranks, model)
     for block in blocks:
         _wrap_block(ranks, block, first=block is blocks[0], last=block is blocks[-1])
     return model
@@ -88,7 +90,8 @@ def planned(model: nn.Module, plan: Mapping[str, str]) -> tuple[dict[str, str], 
 @contextmanager
 def whole_logits(model: nn.Module) -> Iterator[None]:
     """Let the head gather its logits, as writing text wants them, whatever the loss wants."""
-    heads = [m.forward for m in model.modules() if isinstance(m.__dict__.get("forward"), LogitsForward)]
+    own = [vars(module).get("forward") for module in model.modules()]
+    heads = [forward for forward in own if isinstance(forward, LogitsForward)]
     kept = [head.whole for head in heads]
     try:
         for head in heads:
@@ -155,7 +158,7 @@ def _wrap_entrance(ranks: TensorRanks, module: nn.Module, entrance: Entrance) ->
         finally:
             entrance.forget()
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 def _wrap_block(ranks: TensorRanks, block: nn.Module, *, first: bool, last: bool) -> None:
@@ -180,7 +183,7 @@ def _wrap_block(ranks: TensorRanks, block: nn.Module, *, first: bool, last: bool
             outputs = _with_first(outputs, lambda x: gather_from(x, ranks.group, dim=SEQUENCE, partial=False))
         return outputs
 
-    block.forward = torch.compiler.disable(forward, recursive=False)
+    replace_forward(block, torch.compiler.disable(forward, recursive=False))
 
 
 @contextmanager
@@ -222,6 +225,28 @@ def _with_first(outputs: Any, change: Callable[[torch.Tensor], torch.Tensor]) ->
     if isinstance(outputs, tuple):
         return (change(outputs[0]), *outputs[1:])
     return change(outputs)
+
+
+def _cut_logits_bias(ranks: TensorRanks, model: nn.Module) -> None:
+    """Let a bias that the model itself adds to its logits (BART's, a buffer [1, V]) be cut where they are."""
+    heads = [f for m in model.modules() if isinstance(f := vars(m).get("forward"), LogitsForward)]
+    if "final_logits_bias" not in model._buffers or not heads:
+        return
+    head, inner = heads[0], model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if head.whole:
+            return inner(*args, **kwargs)
+        whole = model._buffers["final_logits_bias"]
+        assert whole is not None
+        first, last = piece_range(head.width, pieces=ranks.size, index=ranks.rank)
+        model._buffers["final_logits_bias"] = as_logits(whole[:, first:last], ranks, head.width)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            model._buffers["final_logits_bias"] = whole
+
+    replace_forward(model, forward)
 
 
 def _refuse_half_tied(ranks: TensorRanks, model: nn.Module) -> None:

@@ -28,7 +28,15 @@ from distllm.parallel.collectives import (
     scatter_to,
 )
 from distllm.parallel.tensor_heads import Heads, own_key_head
-from distllm.parallel.tensor_params import TensorRanks, is_cut, local, piece_range, standing_in, weight_of
+from distllm.parallel.tensor_params import (
+    TensorRanks,
+    is_cut,
+    local,
+    piece_range,
+    replace_forward,
+    standing_in,
+    weight_of,
+)
 
 SEQUENCE = 1
 """The dim of the sequence in hidden states [B, S, D]."""
@@ -91,7 +99,7 @@ def colwise(ranks: TensorRanks, site: Site, *, parts: int = 1) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return _linear(module, site.entrance(x, module))
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 def colwise_gather_output(ranks: TensorRanks, site: Site) -> None:
@@ -102,7 +110,7 @@ def colwise_gather_output(ranks: TensorRanks, site: Site) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return _gather_uneven(_linear(module, site.entrance(x, module)), ranks, width)
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 class LogitsForward:
@@ -127,7 +135,7 @@ class LogitsForward:
 def colwise_logits(ranks: TensorRanks, site: Site) -> None:
     """The head of a language model; the residuals are whole again when it is called."""
     _cut_outputs(ranks, site.module)
-    site.module.forward = LogitsForward(ranks, site)
+    replace_forward(site.module, LogitsForward(ranks, site))
 
 
 @torch.compiler.disable
@@ -155,14 +163,12 @@ def rowwise(ranks: TensorRanks, site: Site, *, split_input: bool = False) -> Non
         if split_input:
             x = _own_features(x, ranks, first, last)
         y = _product(x, module)
-        if ranks.follows_sequence(module):
-            y = reduce_scatter_to(y, ranks.group, dim=SEQUENCE)
-        else:
-            y = reduce_from(y, ranks.group)
+        sequence = ranks.follows_sequence(module)
+        y = reduce_scatter_to(y, ranks.group, dim=SEQUENCE) if sequence else reduce_from(y, ranks.group)
         bias = module._parameters.get("bias")
         return y if bias is None else y + bias.to(y.dtype)
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 def embedding_rowwise(ranks: TensorRanks, site: Site) -> None:
@@ -186,7 +192,7 @@ def embedding_rowwise(ranks: TensorRanks, site: Site) -> None:
             found = lookup((ids - first).masked_fill(other, 0))
         return reduce_from(found.masked_fill(other[..., None], 0), ranks.group)
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 def heads_embedding(ranks: TensorRanks, site: Site) -> None:
@@ -198,7 +204,7 @@ def heads_embedding(ranks: TensorRanks, site: Site) -> None:
     def forward(ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, weight_of(module))
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 def of_each_head(ranks: TensorRanks, site: Site) -> None:
@@ -227,7 +233,7 @@ def experts(ranks: TensorRanks, site: Site) -> None:
             y = original(hidden, chosen, weights)
         return reduce_scatter_to(y, ranks.group, dim=0) if sequence else reduce_from(y, ranks.group)
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 def replicated(ranks: TensorRanks, site: Site) -> None:
@@ -305,7 +311,7 @@ def _shared_key_projection(ranks: TensorRanks, site: Site) -> None:
         bias = module._parameters.get("bias")
         return F.linear(site.entrance(x, module), weight_of(module)[own], None if bias is None else bias[own])
 
-    module.forward = forward
+    replace_forward(module, forward)
 
 
 def _gather_uneven(part: torch.Tensor, ranks: TensorRanks, width: int) -> torch.Tensor:
