@@ -116,12 +116,16 @@ def _cut_layers(
     modules, found = dict(model.named_modules(remove_duplicate=False)), planned(model, plan)[0]
     entrances: dict[str, Entrance] = {}
     attention: dict[str, Heads] = {}
+    done: set[int] = set()
     for name, style in found.items():
         owner, _, key = name.rpartition(".")
         if name not in modules:
             dim, parts = PARAMETER_STYLES[style]
             ranks.cut(modules[owner], key, dim=dim, parts=parts)
             continue
+        if id(modules[name]) in done:  # T5 has one embedding under three names
+            continue
+        done.add(id(modules[name]))
         heads = heads_of(modules[owner])
         if heads is not None and style in ("colwise", "qkv_colwise"):
             attention[owner] = heads
