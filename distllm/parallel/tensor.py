@@ -254,11 +254,16 @@ def _cut_logits_bias(ranks: TensorRanks, model: nn.Module) -> None:
 
 
 def _refuse_half_tied(ranks: TensorRanks, model: nn.Module) -> None:
-    """A cut parameter is cut wherever it is used."""
+    """A cut parameter is cut wherever it is used.
+
+    A module that registers the parameter of one inside it (BERT's head has its projection's bias) only names it again.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     for places in ranks.owners.values():
-        cut = [slot for slot in places if is_cut(slot[0]._parameters[slot[1]])]
-        missing = [names[id(module)] for module, key in cut if (id(module), key) not in ranks.handled]
+        cut = [(module, key) for module, key in places if is_cut(module._parameters[key])]
+        able = [names[id(module)] for module, key in cut if (id(module), key) in ranks.handled]
+        others = [names[id(module)] for module, key in cut if (id(module), key) not in ranks.handled]
+        missing = [name for name in others if not any(user.startswith(f"{name}.") for user in able)]
         if missing:
             raise ConfigError(
                 [f"tp_plan: {missing[0]} shares a parameter that the plan cuts elsewhere; nearest: give {missing[0]} a style too"]
