@@ -133,29 +133,43 @@ def _cut_layers(
         STYLES["colwise_logits" if name == head else style](ranks, site)
     for owner, heads in attention.items():
         keep_own_heads(modules[owner], heads, size=ranks.size)
-    inside = {id(m) for block in blocks for m in block.modules() if m is not block}
-    for owner, entrance in entrances.items():
-        if readers := [n for n in found if n.rpartition(".")[0] == owner and n != head and found[n] in COLWISE]:
-            entrance.gathered_outside = id(modules[owner]) in inside and _all_cut(modules[owner], owner, found)
-            if entrance.gathered_outside or len(readers) > 1:
-                _wrap_entrance(ranks, modules[owner], entrance)
+    for owner, names in readers(found, head=head).items():
+        inside = any(modules[owner] is m for block in blocks for m in block.modules() if m is not block)
+        if ranks.sequence_parallel and not (inside and all_cut(modules[owner], owner, found)):
+            what = "does more with its hidden states than read them in layers of the plan"
+            raise ConfigError(
+                [f"layout.sequence_parallel=true: {owner or names[0]} {what}; nearest: layout.sequence_parallel=false"]
+            )
+        if ranks.sequence_parallel or len(names) > 1:
+            _wrap_entrance(ranks, modules[owner], entrances[owner])
 
 
-def _all_cut(module: nn.Module, name: str, found: Mapping[str, str]) -> bool:
-    """Whether a module does nothing to its hidden states but in layers of the plan, such as attention."""
+def readers(found: Mapping[str, str], *, head: str | None) -> dict[str, list[str]]:
+    """Which layers of a plan read whole hidden states, by the module that they are in; the head reads no residuals."""
+    owners: dict[str, list[str]] = {}
+    for name, style in found.items():
+        owner = name.rpartition(".")[0]
+        if style in COLWISE and name != head and owner not in found:  # experts read what the mixture gives them
+            owners.setdefault(owner, []).append(name)
+    return owners
+
+
+def all_cut(module: nn.Module, name: str, found: Mapping[str, str]) -> bool:
+    """Whether all layers of a module are in the plan, as those of an attention or an MLP are."""
     children = [key for key, child in module.named_children() if next(child.parameters(), None) is not None]
-    return all(f"{name}.{key}" in found for key in children)
+    return not module._parameters and all(f"{name}.{key}" in found for key in children)
 
 
 def _wrap_entrance(ranks: TensorRanks, module: nn.Module, entrance: Entrance) -> None:
     """Let the entrance's tensors go when the module is done, and where residuals are cut, give it whole ones.
 
-    Attention must see whole sequences itself, because it reads their length off its input.
+    Attention must see whole sequences itself, because it reads their length off its input. What comes back are the
+    gradients of its layers, each a part; so it may do nothing else with them, such as adding them to its output.
     """
     inner = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if entrance.gathered_outside and ranks.follows_sequence(module):
+        if ranks.follows_sequence(module):
             args, kwargs = _with_states(args, kwargs, lambda x: gather_from(x, ranks.group, dim=SEQUENCE))
         try:
             return inner(*args, **kwargs)

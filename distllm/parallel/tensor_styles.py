@@ -45,27 +45,22 @@ SEQUENCE = 1
 class Entrance:
     """The hidden states as the column-parallel layers of one module read them.
 
-    Queries, keys and values read the same tensor: it is sent once for all of them, and so is its gradient.
+    Queries, keys and values read the same tensor: its gradient is added over the ranks once for all of them. Where
+    residuals are cut, the module that they are in has been given whole sequences (tensor.py), which does the same.
     """
 
     def __init__(self, ranks: TensorRanks) -> None:
-        self.ranks = ranks
-        self.gathered_outside = False
-        """Whether the module they are in is itself given whole sequences (`gather_inputs`)."""
+        self._ranks = ranks
         self._seen: torch.Tensor | None = None
         self._given: torch.Tensor | None = None
 
     @torch.compiler.disable
     def __call__(self, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        """[B, S or S/T, D] -> [B, S, D], whose gradient is added over the ranks."""
-        sequence = self.ranks.follows_sequence(module)
-        if sequence and self.gathered_outside:
+        """[B, S, D], the same values."""
+        if self._ranks.follows_sequence(module):
             return x
         if self._seen is not x or self._given is None:
-            self._seen = x
-            self._given = (
-                gather_from(x, self.ranks.group, dim=SEQUENCE) if sequence else copy_to(x, self.ranks.group)
-            )
+            self._seen, self._given = x, copy_to(x, self._ranks.group)
         return self._given
 
     def forget(self) -> None:
@@ -104,7 +99,7 @@ def colwise(ranks: TensorRanks, site: Site, *, parts: int = 1) -> None:
 
 def colwise_gather_output(ranks: TensorRanks, site: Site) -> None:
     """The same with the outputs put together again: [B, S, D] -> [B, S, F], for what cannot work with a part of them."""
-    module, width = site.module, _width(site.module)
+    module, width = site.module, output_width(site.module)
     _cut_outputs(ranks, module)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +117,7 @@ class LogitsForward:
 
     def __init__(self, ranks: TensorRanks, site: Site) -> None:
         self.ranks, self.module = ranks, site.module
-        self.width = _width(site.module)
+        self.width = output_width(site.module)
         self.whole = not ranks.loss_parallel
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -268,13 +263,18 @@ PARAMETER_STYLES: dict[str, tuple[int, int]] = {
 """Style of a bare parameter, such as experts' [E, F, D] -> the dim that is cut, and of how many equal parts it is made."""
 
 
+def parts_of(style: str) -> int:
+    """Of how many equal matrices a layer of this style is made."""
+    return {"packed_colwise": 2, "packed_rowwise": 2, "qkv_colwise": 3}.get(style, 1)
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's linear layer, whose weight is [D, F]."""
     return type(module).__name__ == "Conv1D"
 
 
-def _width(module: nn.Module) -> int:
-    """The outputs of a linear layer, before it is cut."""
+def output_width(module: nn.Module) -> int:
+    """The outputs of a linear layer, whole, also when they are cut."""
     weight = module._parameters["weight"]
     assert weight is not None
     return weight.shape[1 if _is_conv1d(module) else 0]
@@ -296,7 +296,7 @@ def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _is_key_projection(module: nn.Module, heads: Heads) -> bool:
     """Whether a layer projects to keys or values of fewer heads than the queries have."""
-    return heads.dim is not None and heads.key < heads.query and _width(module) == heads.key * heads.dim
+    return heads.dim is not None and heads.key < heads.query and output_width(module) == heads.key * heads.dim
 
 
 def _shared_key_projection(ranks: TensorRanks, site: Site) -> None:

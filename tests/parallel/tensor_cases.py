@@ -55,7 +55,7 @@ def case_of(kind: str, *, dropout: float = 0.0, **sizes: Any) -> Case:
         task = "masked_lm" if kind in OTHERS[:3] else "seq2seq"
         objective = masked_lm if task == "masked_lm" else causal_lm
         spec = _spec(head_config(kind, task, **sizes), vocab_size=VOCABULARY, dropout=dropout)
-        batches = [batch_of(task, count=6, seed=seed) for seed in (0, 1)]
+        batches = [batch_of(task, count=12, seed=seed) for seed in (0, 1)]
     return Case(spec, enlarged(spec), batches, objective)
 
 
