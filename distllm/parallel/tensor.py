@@ -26,6 +26,7 @@ from distllm.parallel.collectives import copy_all_to, gather_from, scatter_to
 from distllm.parallel.mesh import Mesh
 from distllm.parallel.tensor_heads import Heads, heads_of, keep_own_heads
 from distllm.parallel.tensor_params import Slot, TensorRanks, is_cut, piece_range, replace_forward, standing_in
+from distllm.parallel.tensor_random import OwnRandomness, has_dropout
 from distllm.parallel.tensor_styles import (
     COLWISE,
     PARAMETER_STYLES,
@@ -61,6 +62,8 @@ def apply_tp(
     ranks = TensorRanks(devices, sequence_parallel, loss_parallel)
     ranks.register(model)
     blocks = [block for path in spec.blocks for block in _children(model, path)]
+    if any(has_dropout(block) for block in blocks):
+        ranks.random = OwnRandomness(ranks.rank)
     _cut_layers(ranks, model, plan=spec.tp_plan, head=spec.head, blocks=blocks)
     _refuse_half_tied(ranks, model)
     _cut_logits_bias(ranks, model)
@@ -187,7 +190,7 @@ def _wrap_block(ranks: TensorRanks, block: nn.Module, *, first: bool, last: bool
     inside = {id(module) for module in block.modules()}
     always = [slot for slot in ranks.partial if id(slot[0]) in inside]
     every = [(module, key) for module in block.modules() for key in module._parameters]
-    if not always and not ranks.sequence_parallel:
+    if not always and not ranks.sequence_parallel and ranks.random is None:
         return
     inner = block.forward
 
@@ -195,13 +198,25 @@ def _wrap_block(ranks: TensorRanks, block: nn.Module, *, first: bool, last: bool
         sequence = ranks.follows_sequence(block)
         if sequence and first:
             args, kwargs = _with_states(args, kwargs, lambda x: _own_tokens(x, ranks))
-        with _summed(ranks, every if sequence else always):
+        with _summed(ranks, every if sequence else always), _own_numbers(ranks, sequence):
             outputs = inner(*args, **kwargs)
         if sequence and last:
             outputs = _with_first(outputs, lambda x: gather_from(x, ranks.group, dim=SEQUENCE, partial=False))
         return outputs
 
     replace_forward(block, torch.compiler.disable(forward, recursive=False))
+
+
+@contextmanager
+def _own_numbers(ranks: TensorRanks, sequence: bool) -> Iterator[None]:
+    """Let dropout draw other numbers on each rank, in a block that works on the rank's own tokens."""
+    if ranks.random is not None:
+        ranks.random.forget()
+        if sequence:
+            ranks.random.begin()
+    yield
+    if ranks.random is not None:
+        ranks.random.end()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from distllm.parallel.packing import Packing
+from distllm.parallel.tensor_random import OwnRandomness
 
 Slot = tuple[nn.Module, str]
 """Where a parameter is registered: the module and the name in it."""
@@ -31,6 +32,8 @@ class TensorRanks:
     """id of a parameter -> every place where it is registered; tied ones have several."""
     handled: set[tuple[int, str]] = field(default_factory=set)
     """(id of a module, name): the places whose module knows how to compute with the cut parameter."""
+    random: OwnRandomness | None = None
+    """Where the blocks have dropout."""
     partial: list[Slot] = field(default_factory=list)
     """Whole parameters of which each rank makes only a part of the gradient: a norm of each head, keys of few heads."""
 
@@ -53,6 +56,16 @@ class TensorRanks:
         sequences may have any length, keep whole residuals.
         """
         return self.sequence_parallel and module.training
+
+    def begin_own_part(self, module: nn.Module) -> None:
+        """From here to `end_own_part` each rank works on features or heads of its own, and so draws its own numbers."""
+        if self.random is not None and module.training and not self.sequence_parallel:
+            self.random.begin()
+
+    def end_own_part(self, module: nn.Module) -> None:
+        """From here on all ranks work on the same again; with cut residuals that is at the end of a block."""
+        if self.random is not None and not self.follows_sequence(module):
+            self.random.end()
 
     def register(self, model: nn.Module) -> None:
         """Note where the parameters of a model are, before any is cut."""

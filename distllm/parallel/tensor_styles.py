@@ -92,7 +92,9 @@ def colwise(ranks: TensorRanks, site: Site, *, parts: int = 1) -> None:
     _cut_outputs(ranks, module, parts=parts)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return _linear(module, site.entrance(x, module))
+        y = _linear(module, site.entrance(x, module))
+        ranks.begin_own_part(module)
+        return y
 
     replace_forward(module, forward)
 
@@ -155,6 +157,7 @@ def rowwise(ranks: TensorRanks, site: Site, *, split_input: bool = False) -> Non
     first, last = piece_range(width, pieces=ranks.size, index=ranks.rank)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        ranks.end_own_part(module)
         if split_input:
             x = _own_features(x, ranks, first, last)
         y = _product(x, module)

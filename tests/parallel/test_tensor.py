@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from distllm.comm import World
-from tests.parallel.tensor_cases import DECODERS, OTHERS, Answer, assert_close, case_of, parallel_answer, reference
+from tests.parallel.tensor_cases import (
+    DECODERS,
+    OTHERS,
+    Answer,
+    assert_close,
+    case_of,
+    laid_out,
+    parallel_answer,
+    reference,
+    whole,
+)
 from tests.ranks import on_ranks
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -30,3 +40,35 @@ def test_every_family_computes_what_one_process_does(kind: str, size: int, tmp_p
         for dtype, bound in BOUNDS.items():
             for answer in found[dtype]:
                 assert_close(answer, wanted[dtype], bound=bound)
+
+
+@pytest.mark.parametrize(("kind", "sequence"), [("llama", True), ("gpt2", True), ("mixtral", False), ("t5", False)])
+def test_together_with_sharding(kind: str, sequence: bool, tmp_path: Path) -> None:
+    """2 x 2 and, replicated too, 2 x 1 x 2: gradients are added over the ranks that read other samples."""
+    case = case_of(kind, **({"vocab_size": 303} if kind in DECODERS else {})).to(torch.float64)
+
+    def rank(world: World) -> list[Answer]:
+        return [
+            parallel_answer(case, world, tp=2, shard=shard, replicate=2 // shard, sequence=sequence) for shard in (2, 1)
+        ]
+
+    wanted = on_ranks(lambda world: reference(case), 1, tmp_path)[0]
+    for number, answers in enumerate(on_ranks(rank, 4, tmp_path)):
+        for answer in answers:
+            assert_close(answer, wanted, bound=1e-12, losses=[wanted.losses[number // 2]])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe"])
+def test_pieces_stand_where_their_chunks_say(kind: str, tmp_path: Path) -> None:
+    """Of an uneven vocabulary too, cut over tp and sharded after it: put together, they are the whole tensors."""
+    case = case_of(kind, vocab_size=303)
+
+    def rank(world: World) -> dict[str, bool]:
+        model, packed, _ = laid_out(case, world, tp=2, shard=2)
+        equal = {}
+        for name, p in model.named_parameters():
+            equal[name] = torch.equal(whole(p.detach(), packed.get(name)), case.tensors[name])
+        return equal
+
+    for found in on_ranks(rank, 4, tmp_path):
+        assert all(found.values()), [name for name, good in found.items() if not good]
