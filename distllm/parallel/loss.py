@@ -103,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.smoothing:
             grad -= ctx.smoothing / ctx.vocabulary
         if grad.shape[1]:
-            grad.scatter_add_(1, column, torch.where(own, ctx.smoothing - 1.0, 0.0).to(grad.dtype)[:, None])
+            grad.scatter_add_(1, column, own.to(grad.dtype)[:, None] * (ctx.smoothing - 1.0))
         grad *= torch.where(counts, grads[0], 0)[:, None]
         return grad.to(part.dtype), None, None, None, None
 
