@@ -73,7 +73,7 @@ def _outside_graph(*args: Any) -> Any:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """losses[n] = lse[n] - (1 - e) x[n, label] - e mean(x[n]), e the smoothing; its gradient is softmax - target."""
+    """losses[n] = log sum exp x[n] - (1 - e) x[n, label] - e mean(x[n]), e the smoothing; its gradient is softmax - target."""
 
     @staticmethod
     def forward(
@@ -81,25 +81,26 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         x = _wide(part)  # [N, v]
         most, _ = _column_max(x)
-        # Every rank takes the same number off before exp, so that their sums fit together.
+        # Every rank takes the same number off before exp, so that their sums fit together. It stays off: next to it, a
+        # large logit's last digits would be lost in fp32.
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=cut.group)
+        x = x - most[:, None]
         own = (labels >= cut.first) & (labels < cut.last)
         column = torch.where(own, labels - cut.first, 0)[:, None]
         target = x.gather(1, column).squeeze(1) if x.shape[1] else x.new_zeros(len(labels))
         # The label stands on one rank: the sum over ranks is its logit. Sums of exp, and of all logits, add up too.
-        sums = torch.stack([(x - most[:, None]).exp().sum(1), torch.where(own, target, 0), x.sum(1)])
+        sums = torch.stack([x.exp().sum(1), torch.where(own, target, 0), x.sum(1)])
         dist.all_reduce(sums, group=cut.group)
-        lse = sums[0].log() + most
-        counts = labels != ignore
-        ctx.save_for_backward(part, lse, column, own, counts)
+        log_sum, counts = sums[0].log(), labels != ignore
+        ctx.save_for_backward(part, most, log_sum, column, own, counts)
         ctx.smoothing, ctx.vocabulary = smoothing, cut.vocabulary
-        loss = lse - (1 - smoothing) * sums[1] - smoothing * sums[2] / cut.vocabulary
+        loss = log_sum - (1 - smoothing) * sums[1] - smoothing * sums[2] / cut.vocabulary
         return torch.where(counts, loss, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        part, lse, column, own, counts = ctx.saved_tensors
-        grad = (_wide(part) - lse[:, None]).exp_()  # [N, v]: this rank's columns of softmax
+        part, most, log_sum, column, own, counts = ctx.saved_tensors
+        grad = (_wide(part) - most[:, None]).sub_(log_sum[:, None]).exp_()  # [N, v]: this rank's columns of softmax
         if ctx.smoothing:
             grad -= ctx.smoothing / ctx.vocabulary
         if grad.shape[1]:

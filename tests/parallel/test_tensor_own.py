@@ -137,7 +137,7 @@ def with_plan(**changes: str) -> ModelSpec:
     ("spec", "size", "message"),
     [
         (replace(OWN, tp_plan={}), 2, r"layout\.tp=2: own has no tensor-parallel plan .*; nearest: layout\.tp=1"),
-        (with_plan(**{"layers.*.feed.upp": "colwise"}), 2, r"layers\.\*\.feed\.upp: matches no module or parameter of .*feed\.up"),
+        (with_plan(**{"layers.*.feed.upp": "colwise"}), 2, r"layers\.\*\.feed\.upp: matches no module or parameter .*feed\.up"),
         (with_plan(**{"layers.*.feed.up": "columnwise"}), 2, r"layers\.0\.feed\.up=columnwise: is no style .*nearest: colwise"),
         (with_plan(norm="colwise"), 2, r"tp_plan: norm=colwise: is a LayerNorm and not a linear layer; nearest: replicate"),
         (with_plan(norm="embedding_rowwise"), 2, r"tp_plan: norm=embedding_rowwise: is a LayerNorm; nearest: replicate"),
