@@ -59,7 +59,7 @@ def can_cut_sequence(model: nn.Module, *, spec: ModelSpec) -> bool:
     found, _ = planned(model, spec.tp_plan)
     inside = re.compile(rf"{re.escape(spec.blocks[0])}\.[^.]+\.")  # of a block, and not the block itself
     owners = readers(found, head=spec.head)
-    return all(inside.match(owner) and all_cut(model.get_submodule(owner), owner, found) for owner in owners)
+    return bool(owners) and all(inside.match(o) and all_cut(model.get_submodule(o), o, found) for o in owners)
 
 
 def _no_match(pattern: str, model: nn.Module) -> str:

@@ -111,7 +111,7 @@ def _on_meta(case: Case) -> nn.Module:
 
 def laid_out(
     case: Case, world: World, *, tp: int, shard: int = 1, replicate: int = 1, sequence: bool = False,
-    loss_parallel: bool = True, prepare: Callable[[nn.Module], None] | None = None,
+    loss_parallel: bool = True, compute: torch.dtype = torch.float32, prepare: Callable[[nn.Module], None] | None = None,
 ) -> tuple[nn.Module, Mapping[str, Packing], int]:  # fmt: skip
     """A case's model on its ranks; its packed parameters; and this rank's number among those that read other samples."""
     sizes = dict.fromkeys(AXES, 1) | {"tp": tp, "dp_shard": shard, "dp_replicate": replicate}
@@ -122,17 +122,18 @@ def laid_out(
     blocks = find_blocks(model, spec=case.spec)
     if prepare is not None:
         prepare(model)
-    apply_fsdp(model, mesh, blocks=blocks, compute_dtype=torch.float32, reshard_after_forward=True)
+    apply_fsdp(model, mesh, blocks=blocks, compute_dtype=compute, reshard_after_forward=True)
     ordered = ((n, in_rank_order(t, packed[n]) if n in packed else t) for n, t in case.tensors.items())
     fill(model, ordered, device=world.device)
     return model, packed, mesh.dp_rank
 
 
-def parallel_answer(case: Case, world: World, *, train: bool = True, **layout: Any) -> Answer:
+def parallel_answer(case: Case, world: World, *, train: bool = True, autocast: bool = False, **layout: Any) -> Answer:
     """A rank of a layout; `case.batches` are spread over the ranks that read different samples."""
     model, packed, dp_rank = laid_out(case, world, **layout)
     dp = layout.get("shard", 1) * layout.get("replicate", 1)
-    return _run(replace(case, batches=case.batches[dp_rank::dp]), model.train(train), packed=packed)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        return _run(replace(case, batches=case.batches[dp_rank::dp]), model.train(train), packed=packed)
 
 
 def _run(case: Case, model: nn.Module, *, packed: Mapping[str, Packing]) -> Answer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,10 +44,11 @@ def test_every_family_computes_what_one_process_does(kind: str, size: int, tmp_p
                 assert_close(answer, wanted[dtype], bound=bound)
 
 
-@pytest.mark.parametrize(("kind", "sequence"), [("llama", True), ("gpt2", True), ("mixtral", False), ("t5", False)])
+@pytest.mark.parametrize(("kind", "sequence"), [("llama", True), ("gpt2", True), ("mixtral", True), ("t5", False)])
 def test_together_with_sharding(kind: str, sequence: bool, tmp_path: Path) -> None:
     """2 x 2 and, replicated too, 2 x 1 x 2: gradients are added over the ranks that read other samples."""
-    case = case_of(kind, **({"vocab_size": 303} if kind in DECODERS else {})).to(torch.float64)
+    sizes = {"vocab_size": 303, "tie_word_embeddings": kind != "mixtral"} if kind in DECODERS else {}
+    case = case_of(kind, **sizes).to(torch.float64)
 
     def rank(world: World) -> list[Answer]:
         return [
@@ -56,6 +59,23 @@ def test_together_with_sharding(kind: str, sequence: bool, tmp_path: Path) -> No
     for number, answers in enumerate(on_ranks(rank, 4, tmp_path)):
         for answer in answers:
             assert_close(answer, wanted, bound=1e-12, losses=[wanted.losses[number // 2]])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_bf16_by_autocast_and_by_sharding(kind: str, tmp_path: Path) -> None:
+    case = case_of(kind)
+
+    def rank(world: World) -> list[Answer]:
+        ways: list[dict[str, Any]] = [{"tp": 4, "autocast": True}, {"tp": 2, "shard": 2, "compute": torch.bfloat16}]
+        return [parallel_answer(case, world, sequence=True, **way) for way in ways]
+
+    wanted = on_ranks(lambda world: reference(case), 1, tmp_path)[0]
+    for number, answers in enumerate(on_ranks(rank, 4, tmp_path)):
+        for answer, losses in zip(answers, (wanted.losses, [wanted.losses[number // 2]]), strict=True):
+            np.testing.assert_allclose(answer.losses, losses, rtol=1e-3)
+            for name, gradient in wanted.gradients.items():
+                error = np.linalg.norm(answer.gradients[name] - gradient) / np.linalg.norm(gradient)
+                assert error < 3e-2 or np.abs(gradient).max() < 1e-6, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe"])
