@@ -17,6 +17,8 @@ from distllm.config.errors import ConfigError
 from distllm.models.build import meta_model, reset_parameters
 from distllm.models.spec import ModelSpec
 from distllm.models.tp_plans import tp_plan
+from distllm.parallel.loss import is_cut_logits
+from distllm.parallel.tensor import whole_logits
 from distllm.parallel.tensor_check import can_cut_sequence, tp_problems
 from distllm.train.objectives import causal_lm
 from tests.models.families import spec_of
@@ -115,9 +117,15 @@ def test_evaluation_takes_any_length_and_gathers_logits_where_asked(tmp_path: Pa
     plain.load_state_dict(dict(case.tensors) | {"head.weight": case.tensors["embed.weight"]})
 
     def rank(world: World) -> Any:
-        model, _, _ = laid_out(case, world, tp=2, sequence=True, loss_parallel=False)
+        gathers, _, _ = laid_out(case, world, tp=2, sequence=True, loss_parallel=False)
+        cut, _, _ = laid_out(case, world, tp=2, sequence=True)
         with torch.no_grad():
-            return model.eval()(input_ids=ids).numpy()
+            logits = gathers.eval()(input_ids=ids)
+            assert is_cut_logits(cut.eval()(input_ids=ids))
+            with whole_logits(cut):
+                assert torch.equal(cut(input_ids=ids), logits)
+            assert is_cut_logits(cut(input_ids=ids))
+        return logits.numpy()
 
     with torch.no_grad():
         wanted = plain(input_ids=ids)
