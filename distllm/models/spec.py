@@ -39,7 +39,7 @@ class ModelSpec:
     head: str | None = None
     """The path of the output projection."""
     tp_plan: Mapping[str, str] = field(default_factory=dict)
-    """Module pattern to style in transformers' words: {"model.layers.*.self_attn.q_proj": "colwise"}."""
+    """Module pattern to style in transformers' words: {"model.layers.*.self_attn.q_proj": "colwise"}; see docs/tensor.md."""
     vocab_size: int | None = None
     """Rows of the embedding: token ids must be below it."""
     max_seq_len: int | None = None

@@ -36,6 +36,7 @@ from distllm.parallel.tensor_styles import (
     LogitsForward,
     Site,
     as_logits,
+    fits,
 )
 
 
@@ -61,7 +62,7 @@ def apply_tp(
         return model
     ranks = TensorRanks(devices, sequence_parallel, loss_parallel)
     ranks.register(model)
-    blocks = [block for path in spec.blocks for block in _children(model, path)]
+    blocks = [block for path in spec.blocks for block in _own_blocks(model, path)]
     if any(has_dropout(block) for block in blocks):
         ranks.random = OwnRandomness(ranks.rank)
     _cut_layers(ranks, model, plan=spec.tp_plan, head=spec.head, blocks=blocks)
@@ -105,18 +106,21 @@ def whole_logits(model: nn.Module) -> Iterator[None]:
             head.whole = whole
 
 
-def _children(model: nn.Module, path: str) -> list[nn.Module]:
+def _own_blocks(model: nn.Module, path: str) -> list[nn.Module]:
+    """The blocks that are here; those of other stages are gone, or have no parameters."""
     try:
-        return list(model.get_submodule(path).children())
-    except AttributeError:  # a pipeline stage may not have this list
+        blocks = list(model.get_submodule(path).children())
+    except AttributeError:
         return []
+    return [block for block in blocks if next(block.parameters(), None) is not None]
 
 
 def _cut_layers(
     ranks: TensorRanks, model: nn.Module, *, plan: Mapping[str, str], head: str | None, blocks: Sequence[nn.Module]
 ) -> None:
     """Apply each layer's style."""
-    modules, found = dict(model.named_modules(remove_duplicate=False)), planned(model, plan)[0]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = _own_layers(ranks, modules, planned(model, plan)[0])
     entrances: dict[str, Entrance] = {}
     attention: dict[str, Heads] = {}
     done: set[int] = set()
@@ -145,6 +149,21 @@ def _cut_layers(
             )
         if ranks.sequence_parallel or len(names) > 1:
             _wrap_entrance(ranks, modules[owner], entrances[owner])
+
+
+def _own_layers(ranks: TensorRanks, modules: Mapping[str, nn.Module], found: Mapping[str, str]) -> dict[str, str]:
+    """Without what a pipeline stage has in place of another stage's layers, which computes with no parameter.
+
+    In the whole model every style fitted its layer, so what does not fit here is such a stand-in.
+    """
+    own = {}
+    for name, style in found.items():
+        module = modules.get(name)
+        if module is None or fits(module, style):
+            own[name] = style
+        else:  # it may hold a tied parameter, which then is cut by the layer that computes with it
+            ranks.handled.update((id(module), key) for key in module._parameters)
+    return own
 
 
 def readers(found: Mapping[str, str], *, head: str | None) -> dict[str, list[str]]:

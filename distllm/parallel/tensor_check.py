@@ -15,7 +15,7 @@ from distllm.models.spec import ModelSpec
 from distllm.parallel.tensor import all_cut, planned, readers
 from distllm.parallel.tensor_heads import heads_of
 from distllm.parallel.tensor_params import piece_range
-from distllm.parallel.tensor_styles import PARAMETER_STYLES, STYLES, output_width, parts_of
+from distllm.parallel.tensor_styles import PARAMETER_STYLES, STYLES, fits, output_width, parts_of
 
 
 def tp_problems(model: nn.Module, *, spec: ModelSpec, size: int) -> list[str]:
@@ -82,10 +82,9 @@ def _style_problems(model: nn.Module, found: Mapping[str, str]) -> Iterator[str]
         kind = type(module).__name__
         if module is None:
             continue
-        if "embedding" in style and not isinstance(module, nn.Embedding):
-            yield f"tp_plan: {name}={style}: is a {kind}; nearest: replicate"
-        if ("colwise" in style or "rowwise" in style) and "embedding" not in style and not _is_linear(module):
-            yield f"tp_plan: {name}={style}: is a {kind} and not a linear layer; nearest: replicate"
+        if not fits(module, style):
+            what = "an embedding" if "embedding" in style else "a linear layer"
+            yield f"tp_plan: {name}={style}: is a {kind} and not {what}; nearest: replicate"
 
 
 def _size_problems(model: nn.Module, found: Mapping[str, str], size: int) -> Iterator[str]:
@@ -119,7 +118,3 @@ def _width_problem(name: str, width: int, *, parts: int, size: int, even: bool) 
         yield f"{name} has {width // parts} features, which {size} does not divide"
     elif width % parts == 0 and piece_range(width // parts, pieces=size, index=size - 1)[0] >= width // parts:
         yield f"{name} has {width} features, too few for {size} ranks"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -266,6 +266,15 @@ PARAMETER_STYLES: dict[str, tuple[int, int]] = {
 """Style of a bare parameter, such as experts' [E, F, D] -> the dim that is cut, and of how many equal parts it is made."""
 
 
+def fits(module: nn.Module, style: str) -> bool:
+    """Whether a layer is of the kind that a style is for."""
+    if "embedding" in style:
+        return isinstance(module, nn.Embedding)
+    if "colwise" in style or "rowwise" in style:
+        return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return True
+
+
 def parts_of(style: str) -> int:
     """Of how many equal matrices a layer of this style is made."""
     return {"packed_colwise": 2, "packed_rowwise": 2, "qkv_colwise": 3}.get(style, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,61 @@ def test_evaluation_takes_any_length_and_gathers_logits_where_asked(tmp_path: Pa
         torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-12, atol=1e-12)
 
 
+class StandIn(nn.Module):
+    """Where another stage's module is: gives what was received, or its input on; may hold a tied parameter."""
+
+    def __init__(self, received: torch.Tensor | None, tied: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.received = received
+        if tied is not None:
+            self.weight = tied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.received is None else self.received
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_pipeline_stages_are_cut_as_the_whole_is(sequence: bool, tmp_path: Path) -> None:
+    """Stand-ins stay as they are; the first and last block that a stage has take and give whole hidden states."""
+    case = own_case(OWN)
+    ids = causal_batch(2, 8, seed=3, vocabulary=VOCAB).inputs["input_ids"]
+    tensors = dict(case.tensors)
+
+    def first() -> Own:
+        model = Own()
+        model.layers[1], model.norm, model.head = StandIn(None), StandIn(None), StandIn(None)  # type: ignore[assignment]
+        return model
+
+    def second(received: torch.Tensor) -> Own:
+        model = Own()
+        model.layers[0], model.embed = StandIn(None), StandIn(received, model.embed.weight)  # type: ignore[assignment]
+        return model
+
+    def rank(world: World) -> Any:
+        hidden: torch.Tensor | None = None
+        found = []
+        for number in range(2):
+            build = first if hidden is None else partial(second, hidden.detach())
+            names = {n for n, _ in build().named_parameters()}
+            stage = replace(case, spec=replace(OWN, build=build), tensors={n: t for n, t in tensors.items() if n in names})
+            model, _, _ = laid_out(stage, world, tp=world.size, sequence=sequence, loss_parallel=False)
+            if number:
+                model.embed.received = hidden.detach()  # type: ignore[union-attr]  # it was on meta
+            hidden = model.train()(input_ids=ids)
+            hidden.sum().backward()
+            assert all(p.grad is not None for p in model.parameters())
+            found.append(hidden.detach().numpy())
+        return found
+
+    plain = Own().double()
+    plain.load_state_dict(tensors | {"head.weight": tensors["embed.weight"]})
+    with torch.no_grad():
+        wanted = [plain.layers[0](plain.embed(ids)), plain(input_ids=ids)]
+    for found in on_ranks(rank, 2, tmp_path):
+        for value, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), right, rtol=1e-12, atol=1e-12)
+
+
 def problems(spec: ModelSpec, size: int) -> list[str]:
     return tp_problems(meta_model(spec), spec=spec, size=size)
 
@@ -148,7 +204,7 @@ def with_plan(**changes: str) -> ModelSpec:
         (with_plan(**{"layers.*.feed.upp": "colwise"}), 2, r"layers\.\*\.feed\.upp: matches no module or parameter .*feed\.up"),
         (with_plan(**{"layers.*.feed.up": "columnwise"}), 2, r"layers\.0\.feed\.up=columnwise: is no style .*nearest: colwise"),
         (with_plan(norm="colwise"), 2, r"tp_plan: norm=colwise: is a LayerNorm and not a linear layer; nearest: replicate"),
-        (with_plan(norm="embedding_rowwise"), 2, r"tp_plan: norm=embedding_rowwise: is a LayerNorm; nearest: replicate"),
+        (with_plan(norm="embedding_rowwise"), 2, r"norm=embedding_rowwise: is a LayerNorm and not an embedding; nearest"),
         (OWN, 3, r"tp=3: layers\.0\.attention has 4 attention heads, which 3 ranks cannot share evenly; .*tp=2"),
         (OWN, 5, r"layout\.tp=5: .*4 attention heads.*; nearest: layout\.tp=4"),
         (TOY, 36, r"layout\.tp=36: embed has 37 features, too few for 36 ranks; nearest: layout\.tp=8"),
