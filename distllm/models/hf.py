@@ -28,9 +28,10 @@ from distllm.models.hf_config import (
     max_positions,
 )
 from distllm.models.hf_folder import weights_folder
-from distllm.models.hf_places import ep_plan, locate, tp_plan
+from distllm.models.hf_places import ep_plan, locate
 from distllm.models.quiet import quiet
 from distllm.models.spec import ModelSpec
+from distllm.models.tp_plans import tp_plan
 
 
 def hf_spec(model: ModelConfig, *, needs: Needs, packed: bool) -> ModelSpec:

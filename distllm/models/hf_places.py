@@ -76,15 +76,6 @@ def _last_norm(model: nn.Module, blocks: str) -> str | None:
     return f"{parent}.{after[0]}".lstrip(".") if after else None
 
 
-def tp_plan(model: Any) -> dict[str, str]:
-    """The tensor-parallel plan that transformers carries for a model, by full module names; empty where it has none."""
-    base = getattr(model.config, "base_model_tp_plan", None)
-    if not base:
-        return {}
-    plan = {f"{model.base_model_prefix}.{name}": style for name, style in base.items()}
-    return plan | dict(getattr(type(model), "_tp_plan", None) or {})
-
-
 def ep_plan(model: Any) -> dict[str, str]:
     """The expert-parallel plan that transformers carries for a model, by full module names; empty where it has none."""
     base = getattr(model.config, "base_model_ep_plan", None) or {}

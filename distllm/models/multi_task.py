@@ -55,8 +55,9 @@ class TokenHead(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(F.gelu(self.dense(states)))
+        logits: torch.Tensor = self.output(hidden)
         # Linear with a bias returns a view, of which FSDP warns: what is done to it in place would escape its hooks.
-        return F.linear(hidden, self.output.weight) + self.output.bias
+        return logits.clone() if logits._is_view() else logits
 
 
 class MultiTask(nn.Module):
@@ -126,11 +127,14 @@ def multi_task_spec(body: ModelSpec, *, tasks: Mapping[str, HeadConfig], outputs
 
     with torch.device("meta"):
         prefix = str(build().base_model_prefix)
+    plan = {f"{prefix}.{name.removeprefix(f'{prefix}.')}": style for name, style in body.tp_plan.items()}
+    if plan:  # the output projections of heads for tokens are tied to the embedding, which is cut
+        plan |= {f"heads.{_key(n)}.output": "colwise_gather_output" for n, t in tasks.items() if t.kind == "masked_lm"}
     return replace(
         body, build=build, base=prefix, head=None, embedding=f"{prefix}.{body.embedding}",
         norm=None if body.norm is None else f"{prefix}.{body.norm}",
         blocks=tuple(f"{prefix}.{path}" for path in body.blocks),
-        tp_plan={f"{prefix}.{name.removeprefix(f'{prefix}.')}": style for name, style in body.tp_plan.items()},
+        tp_plan=plan,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class ModelSpec:
     head: str | None = None
     """The path of the output projection."""
     tp_plan: Mapping[str, str] = field(default_factory=dict)
-    """Module pattern to style in transformers' words: {"model.layers.*.self_attn.q_proj": "colwise"}."""
+    """Module pattern to style in transformers' words: {"model.layers.*.self_attn.q_proj": "colwise"}; see docs/tensor.md."""
     ep_plan: Mapping[str, str] = field(default_factory=dict)
     """Where experts are, in the same words: {"model.layers.*.mlp.experts": "ep_dispatch_experts"}; none in a dense model."""
     vocab_size: int | None = None

@@ -49,8 +49,9 @@ def test_the_tensor_parallel_plan_has_full_names() -> None:
     plan = spec_of("llama").tp_plan
     assert plan["model.layers.*.self_attn.q_proj"] == "colwise"
     assert plan["model.layers.*.mlp.down_proj"] == "rowwise"
-    assert "lm_head" in plan
-    assert spec_of("gpt2").tp_plan == {}
+    assert plan["lm_head"] == "colwise_gather_output" and plan["model.embed_tokens"] == "embedding_rowwise"
+    assert spec_of("gpt2").tp_plan["transformer.h.*.attn.c_attn"] == "qkv_colwise"  # transformers has no plan for it
+    assert spec_of("gpt_neo").tp_plan == {}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

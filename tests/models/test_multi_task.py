@@ -24,6 +24,7 @@ from distllm.parallel.parallelize import fill
 from distllm.train.objectives import multi_task
 from tests.engines import Layout, engine_of, mesh_of, train
 from tests.models.heads import ENCODERS, ROLES, VOCABULARY, head_spec, rows
+from tests.parallel.tensor_cases import Case, assert_close, enlarged, parallel_answer, reference
 from tests.ranks import on_ranks
 
 TASKS = {
@@ -159,3 +160,13 @@ def test_what_cannot_be() -> None:
         multi_task_spec(head_spec("gpt2", "causal_lm"), tasks={"topic": HeadConfig()}, outputs={"topic": 2})
     # A name that is a method of torch's containers is as good as any.
     assert spec_of(tasks={"items": HeadConfig()}, outputs={"items": 2}).build()
+
+
+def test_tensor_parallel_keeps_the_answer(tmp_path: Path) -> None:
+    """The head for tokens is tied to the embedding, which is cut along the vocabulary."""
+    spec = spec_of()
+    batches = [batch_of(range(8)), batch_of(range(8, 14))]
+    case = Case(spec, enlarged(spec), batches, partial(multi_task, tasks=TASKS))
+    wanted = on_ranks(lambda world: reference(case), 1, tmp_path)[0]
+    for answer in on_ranks(lambda world: parallel_answer(case, world, tp=2), 2, tmp_path):
+        assert_close(answer, wanted, bound=2e-6)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
+from distllm.parallel.loss import CutLogits, is_cut_logits
 
 
 def causal_lm(outputs: Any, batch: Batch, *, label_smoothing: float = 0.0) -> LossTerms:
@@ -27,8 +28,7 @@ def causal_lm(outputs: Any, batch: Batch, *, label_smoothing: float = 0.0) -> Lo
         sum: of -log p(label) in nats; count: targets; parts: `correct`, the targets that are the most likely token
         (only where gradients are off: training does not pay for it).
     """
-    logits, labels = logits_of(outputs).flatten(0, 1), batch.targets["labels"].flatten()
-    return token_terms(logits, labels, label_smoothing=label_smoothing)
+    return token_terms(logits_of(outputs), batch.targets["labels"].flatten(), label_smoothing=label_smoothing)
 
 
 # Encoder-decoders and packed conversations come with labels that are aligned with their logits too.
@@ -47,9 +47,9 @@ def masked_lm(outputs: Any, batch: Batch, *, label_smoothing: float = 0.0) -> Lo
     Returns:
         sum, count and parts as `causal_lm`.
     """
-    logits, labels = logits_of(outputs).flatten(0, 1), batch.targets["labels"].flatten()
+    labels = batch.targets["labels"].flatten()
     places = places_of(labels)
-    return token_terms(logits[places], labels[places], label_smoothing=label_smoothing)
+    return token_terms(logits_of(outputs), labels[places], label_smoothing=label_smoothing, places=places)
 
 
 def logits_of(outputs: Any) -> Any:
@@ -66,13 +66,26 @@ def places_of(labels: torch.Tensor) -> torch.Tensor:
     return (labels.flatten() != IGNORE).nonzero().squeeze(1)
 
 
-def token_terms(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float) -> LossTerms:
-    """The loss terms of logits [N, V] and labels int64 [N], IGNORE where there is no target."""
+def token_terms(
+    logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float, places: torch.Tensor | None = None
+) -> LossTerms:
+    """The loss terms of some places of a batch.
+
+    Args:
+        logits: [..., V], whole or, under tensor parallel, cut along V.
+        labels: int64 [N], IGNORE where there is no target.
+        label_smoothing: as in `causal_lm`.
+        places: int64 [N], the places of the labels among all of the logits; None: all of them.
+    """
     smoothing = label_smoothing if torch.is_grad_enabled() else 0.0
-    loss = F.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
-    )
     count = (labels != IGNORE).sum()
-    if torch.is_grad_enabled():
-        return LossTerms(loss, count)
-    return LossTerms(loss, count, {"correct": (logits.argmax(-1) == labels).sum()})
+    if is_cut_logits(logits):
+        cut = CutLogits(logits)
+        loss = cut.losses(labels, ignore=IGNORE, label_smoothing=smoothing, places=places).sum()
+        likely = None if torch.is_grad_enabled() else cut.argmax(places=places)
+    else:
+        rows = logits.flatten(0, -2) if places is None else logits.flatten(0, -2)[places]
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        loss = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+        likely = None if torch.is_grad_enabled() else rows.argmax(-1)
+    return LossTerms(loss, count, {} if likely is None else {"correct": (likely == labels).sum()})
