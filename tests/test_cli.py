@@ -121,7 +121,7 @@ def test_version() -> None:
         ("train run.yaml train.stps=5", "train.stps=5: unknown key; nearest: train.steps"),
         ("train run.yaml train.steps=abc", "train.steps=abc: must be a whole number above 0; nearest: 1000"),
         ("train run.yaml train.steps=20 schedule.warmup=100", "schedule.warmup=100: must be below train.steps=20; nearest: 19"),
-        ("train run.yaml layout.cp_method=ring", "layout.cp_method=ring: says how layout.cp works, which is 1; nearest: auto"),
+        ("train run.yaml layout.cp_method=ulysses", "layout.cp_method=ulysses: says how layout.cp works, which is 1; nearest: ring"),
         ("prepare run.yaml data.sources.0.kind=text", "data.sources.0.path=null: kind text needs a path; nearest: data.sources.0.kind=embedded"),
         ("train run.yaml --processes 3 train.global_batch=16", "train.global_batch=16: must be a multiple of micro_batch 8 x data-parallel 3 = 24; nearest: 24"),
         ("train run.yaml layout.dp_replicate=2 --processes 3", "layout.dp_replicate=2: must divide the 3 processes; nearest: 1"),
@@ -341,6 +341,16 @@ def test_real_ranks_tell_an_error_once(mode: str, code: int, err: str, here: Pat
     paths = f"{here}{os.pathsep}{ROOT}"
     done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": paths})
     assert (done.returncode, done.stderr) == (code, err)
+
+
+def test_explain_draws_the_pipeline(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distllm.config.check.NOT_BUILT", ())
+    argv = "explain run.yaml layout.pp=4 train.accumulation=8 --timeline step.png"
+    assert cli.run(shlex.split(argv)) == 0
+    assert "1f1b over 4 ranks, 8 micro-batches: 36 of 132 slots idle, 27.3 %\n" in capsys.readouterr().out
+    assert (here / "step.png").stat().st_size > 5000
+    assert cli.run(shlex.split("explain run.yaml --timeline step.png")) == errors.EXIT_CONFIG
+    assert capsys.readouterr().err == "distllm: layout.pp=1: has no pipeline to draw to step.png; nearest: 2\n"
 
 
 def test_a_closed_pipe_is_no_error() -> None:

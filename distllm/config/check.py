@@ -34,6 +34,16 @@ class Resolved:
     global_batch: int
     """micro_batch x accumulation x dp_size, in samples; with `train.batch_tokens` it says nothing."""
 
+    @property
+    def shards(self) -> int:
+        """Into how many pieces the weights are cut, all in all."""
+        return self.dp_shard * self.ep * self.cp * self.tp * self.pp
+
+    def sizes(self) -> dict[str, int]:
+        """The size of every mesh axis."""
+        axes = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
+        return {axis: getattr(self, axis) for axis in axes}
+
 
 def check(config: Config, *, world_size: int | None = None) -> list[str]:
     """All that cannot work in this config.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,15 @@ from distllm.engine.ema import MovingAverage
 from distllm.engine.local import LocalParameters, local_part
 from distllm.engine.noise import noise_estimates, small_batches
 from distllm.engine.scaler import LossScale
+from distllm.engine.stages import owners_in_order, send_to_first
 from distllm.engine.verdict import Verdict
+from distllm.parallel.balance import RouterWatch
+from distllm.parallel.context import plain_attention
 from distllm.parallel.data import set_last_microbatch
 from distllm.parallel.parallelize import Parallel
+from distllm.parallel.pipeline import PipelinedModel
+from distllm.parallel.sequence import cut_batch
+from distllm.parallel.tensor import whole_logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -68,7 +75,9 @@ class NativeEngine:
         ema: the decay of a moving average of the weights; 0 keeps none.
         """
         self.parallel = parallel
-        self.parameters = LocalParameters(parallel.named_parameters())
+        self.parameters = LocalParameters(
+            parallel.model, stages=parallel.mesh.group("pp"), copies=parallel.copies
+        )
         self.optimizer = optimizer(self.parameters)
         self.updates = 0
         self.skips_in_a_row = 0
@@ -84,6 +93,9 @@ class NativeEngine:
         # momentum undefined after a skipped first step, so there the host looks, and waits for the device.
         adam = isinstance(self.optimizer, torch.optim.Adam)  # AdamW is one
         self._skips_on_device = adam and bool(self.optimizer.defaults.get("fused")) and device.type == "cuda"
+        self._pass_scale = 1.0
+        for stage, watch in zip(parallel.pipeline.stages if parallel.pipeline else (), parallel.watches, strict=False):
+            stage.slot.context = partial(self._surroundings, watch)
         self._make_optimizer_state()
         self._average = MovingAverage(self.parameters, decay=ema) if ema else None
 
@@ -98,23 +110,13 @@ class NativeEngine:
         Returns:
             The global mean loss and gradient norm, still on the device.
         """
-        model, mesh = self.parallel.forward, self.parallel.mesh
-        if not self.parallel.parts[0].training:
-            model.train()
+        for part in (*self.parallel.parts, self.parallel.forward):
+            if not part.training:
+                part.train()
         skipped = self.settle() if self._scale else ()  # the loss scale must know of an overflow before it is used
-        scale = self._scale.value / self._loss_unit if self._scale else 1.0
-        total = torch.zeros(2, dtype=self._sums, device=self.device)  # [loss sum, count] of the global batch
-        small: torch.Tensor | None = None
-        for index, batch in enumerate(microbatches):
-            measure = noise and index == 0 and len(microbatches) > 1
-            set_last_microbatch(model, index == len(microbatches) - 1, readable=measure)
-            terms = self._terms(batch.to(self.device))
-            (terms.sum * scale if self._scale else terms.sum).backward()
-            total += torch.stack([terms.sum.detach().to(self._sums), terms.count.to(self._sums)])
-            if measure:
-                self.parameters.refresh()
-                small = small_batches(self.parallel, self.parameters, count=terms.count)
-        comm.sum_over(total, mesh.loss_group)
+        scale = self._pass_scale = self._scale.value / self._loss_unit if self._scale else 1.0
+        total, small = self._forward_backward(microbatches, scale=scale, noise=noise)
+        comm.sum_over(total, self.parallel.mesh.loss_group)
         loss, count = total[0] / total[1], total[1]
         self.parameters.refresh()
         if self.unused is None:
@@ -133,6 +135,32 @@ class NativeEngine:
         if not self._skips_on_device:
             skipped += self.settle()
         return StepOut(loss, norm, lr, skipped, estimates)
+
+    def _forward_backward(
+        self, microbatches: Sequence[Batch], *, scale: float, noise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Leave the summed gradients of this rank's micro-batches; gives [loss sum, count], and what `noise` measured."""
+        batches = (self._own_part(batch.to(self.device)) for batch in microbatches)
+        if self.parallel.pipeline is not None:
+            total = self.parallel.pipeline.train(list(batches), self._objective, scale=scale)
+            return total.to(self._sums), None
+        model = self.parallel.forward
+        total = torch.zeros(2, dtype=self._sums, device=self.device)
+        small: torch.Tensor | None = None
+        for index, batch in enumerate(batches):
+            measure = noise and index == 0 and len(microbatches) > 1
+            set_last_microbatch(model, index == len(microbatches) - 1, readable=measure)
+            terms = self._terms(batch)
+            (terms.sum * scale if self._scale else terms.sum).backward()
+            total += torch.stack([terms.sum.detach().to(self._sums), terms.count.to(self._sums)])
+            if measure:
+                self.parameters.refresh()
+                small = small_batches(self.parallel, self.parameters, count=terms.count)
+        return total, small
+
+    def _own_part(self, batch: Batch) -> Batch:
+        """This rank's part of every sequence, where cp cuts them."""
+        return cut_batch(batch, self.parallel.mesh, method=self.parallel.layout.axes.cp_method)
 
     @property
     def step(self) -> int:
@@ -160,20 +188,38 @@ class NativeEngine:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> LossTerms:
         """The loss terms of one micro-batch of this rank, without gradients, in eval mode."""
-        if self.parallel.parts[0].training:
-            self.parallel.forward.eval()
-        return self._terms(batch.to(self.device))
+        self._evaluating()
+        here = self._own_part(batch.to(self.device))
+        if self.parallel.pipeline is not None:
+            return LossTerms(*self.parallel.pipeline.evaluate(here, self._objective))
+        return self._terms(here)
+
+    def _evaluating(self) -> None:
+        for part in (*self.parallel.parts, self.parallel.forward):
+            if part.training:
+                part.eval()
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[nn.Module]:
         """The model as text is written with it: eval mode, the training precision, no gradients, no compiling.
 
-        A sharded model answers only when every rank calls it, and with the same inputs.
+        A model that ranks share answers only when every rank calls it, and with the same inputs, which are whole: nothing
+        is cut over cp, and logits are gathered over tp.
         """
-        self.parallel.forward.eval()
-        # Growing caches would make a compiled block compile again for every length.
-        with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
-            yield self.parallel.model
+        self._evaluating()
+        pipeline = self.parallel.pipeline
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for part in self.parallel.parts:
+                stack.enter_context(plain_attention(part))
+                stack.enter_context(whole_logits(part))
+            # Growing caches would make a compiled block compile again for every length.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if pipeline is not None:
+                yield PipelinedModel(pipeline)
+            else:
+                with self._autocast():
+                    yield self.parallel.model
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -199,9 +245,20 @@ class NativeEngine:
             self._average.restart()
 
     def _terms(self, batch: Batch) -> LossTerms:
-        with self._autocast():
+        (watch,) = self.parallel.watches
+        with self._surroundings(watch, batch):
             outputs = self.parallel.forward(**batch.inputs)
         return self._objective(outputs, batch)
+
+    @contextlib.contextmanager
+    def _surroundings(self, watch: RouterWatch | None, batch: Batch) -> Iterator[None]:
+        """What a forward pass runs in: autocast, and in training the losses of routers."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._autocast())
+            if watch is not None and torch.is_grad_enabled():
+                group = self.parallel.mesh.group("cp")
+                stack.enter_context(watch.forward_pass(batch, scale=self._pass_scale, group=group))
+            yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """FSDP gathers parameters in the compute dtype itself; elsewhere autocast casts them from fp32."""
@@ -260,10 +317,8 @@ class NativeEngine:
         assert self._average is None or not self._average.exchanged, "saving inside `averaged`"
         self._at_shards()
         chunks: dict[str, Chunk] = {}
-        for name, p in self.parallel.named_parameters():
-            chunks |= self._chunks(f"model.{name}", p, p, name)
-        for name, buffer in self.parallel.named_buffers(persistent=True):
-            chunks |= self._chunks(f"model.{name}", buffer, buffer, name)
+        for name, tensor in self._kept_tensors():
+            chunks |= self._chunks(f"model.{name}", tensor, tensor, name)
         for name, local in self.parameters.local.items():
             for key, value in self.optimizer.state[local].items() if local in self.optimizer.state else ():
                 if isinstance(value, torch.Tensor):
@@ -286,15 +341,29 @@ class NativeEngine:
             self._scale.restore(facts["loss_scale"])
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter and persistent buffer by name, whole, fp32, on the CPU of rank 0, one at a time."""
+        """Every parameter and persistent buffer by name, whole, on the CPU of rank 0, one at a time."""
         self._reshard()
+        named = {name: tensor for name, tensor in self._kept_tensors() if name not in self.parallel.copies}
+        group = self.parallel.mesh.group("pp")
+        for name, owner in owners_in_order(named, group):
+            whole = self._whole(name, named[name]) if name in named else None
+            if group is not None:
+                whole = send_to_first(whole, owner=owner, group=group, device=self.device)
+            yield name, whole.cpu() if self._rank == 0 and whole is not None else torch.empty(0)
+
+    def _kept_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's parameters and persistent buffers by name."""
         model = self.parallel.model
+        yield from model.named_parameters()
         persistent = model.state_dict(keep_vars=True).keys()
-        named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
-        for name, tensor in named:
-            whole = tensor.detach()
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            yield name, whole.cpu() if self._rank == 0 else torch.empty(0)
+        yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+    def _whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A whole tensor in the model's own order; a collective call of the ranks that share it."""
+        whole = tensor.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        packing = self.parallel.packings.get(name)
+        return whole if packing is None else packing.unpacked(whole)
 
     def _at_shards(self) -> None:
         """Let the local parameters be the shards that the model now computes with."""
@@ -306,7 +375,7 @@ class NativeEngine:
         for module in (module for part in self.parallel.parts for module in part.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
-        assert not self.parallel.sharded or all(isinstance(p, DTensor) for _, p in self.parallel.named_parameters())
+        assert not self.parallel.sharded or all(isinstance(p, DTensor) for p in self.parallel.model.parameters())
 
     def _chunks(self, key: str, value: torch.Tensor, like: torch.Tensor, name: str) -> dict[str, Chunk]:
         """This rank's pieces of one tensor of the checkpoint, laid out like `like`."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distllm.parallel.mesh import Mesh
@@ -26,6 +27,7 @@ def apply_fsdp(
     blocks: Sequence[nn.Module],
     compute_dtype: torch.dtype,
     reshard_after_forward: bool,
+    experts: Sequence[nn.Module] = (),
 ) -> nn.Module:
     """Shard every parameter over dp_shard, ep and cp, a block at a time, in place; nothing where these are of size 1.
 
@@ -36,6 +38,7 @@ def apply_fsdp(
         compute_dtype: the dtype of gathered parameters and of the products; the shards stay fp32, and so does the
             reduction of gradients.
         reshard_after_forward: free a block's gathered parameters after its forward pass.
+        experts: modules inside the blocks that ep has spread, which are units of their own on what is left of the mesh.
 
     Returns:
         `model`, its parameters now DTensors under the same names.
@@ -47,6 +50,8 @@ def apply_fsdp(
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     low = compute_dtype not in (torch.float32, torch.float64)
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32) if low else MixedPrecisionPolicy()
+    for module in experts:
+        _shard_experts(module, mesh, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward)
     for block in blocks:
         fully_shard(block, mesh=submesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # What is outside the blocks is needed again at the beginning of the backward pass: it stays gathered.
@@ -57,6 +62,39 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _shard_experts(
+    module: nn.Module, mesh: Mesh, *, compute_dtype: torch.dtype, reshard_after_forward: bool
+) -> None:
+    """Shard experts over what ep leaves of the shard axes, inside each expert: a rank has few of them."""
+    submesh = mesh.weight_mesh(experts=True)
+    assert submesh is not None
+    low = compute_dtype not in (torch.float32, torch.float64)
+    # Their inputs are not cast: the router's scores among them are fp32 and stay so.
+    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()
+    fully_shard(
+        module, mesh=submesh, mp_policy=policy, reshard_after_forward=reshard_after_forward,
+        shard_placement_fn=shard_dim(shards=submesh.size(-1)),
+    )  # fmt: skip
+
+
+def shard_dim(*, shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """For `fully_shard(experts, shard_placement_fn=...)`: cut inside each expert, not between them.
+
+    A rank has few experts, often fewer than there are shards, and FSDP pads what it cuts on dim 0.
+
+    Args:
+        shards: ranks over which FSDP shards experts.
+
+    Returns:
+        parameter [E, ., .] -> the first dim behind the experts that `shards` divides; None (dim 0) where neither does.
+    """
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        return next((Shard(dim) for dim in range(1, parameter.dim()) if parameter.shape[dim] % shards == 0), None)
+
+    return placement
 
 
 def apply_ddp(model: nn.Module, mesh: Mesh) -> nn.Module:
@@ -112,6 +150,11 @@ def held_back_gradients(model: nn.Module) -> list[torch.Tensor]:
     Until it all-reduces them FSDP keeps them to itself, flat and padded with zeros, one tensor for each of its units; torch
     2.13 has no public name for them. Empty in every other layout, where gradients are with their parameters.
     """
+    def groups_of(state: Any) -> list[Any]:  # torch 2.11 has at most one a unit, under another name
+        if hasattr(state, "_fsdp_param_groups"):
+            return list(state._fsdp_param_groups)
+        return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    held = [group._partial_reduce_output for state in states for group in state._fsdp_param_groups]
+    held = [group._partial_reduce_output for state in states for group in groups_of(state)]
     return [tensor for tensor in held if tensor is not None]

@@ -13,7 +13,7 @@ backward, of which the share for this rank's own experts stays; and 8 x E for th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -106,24 +106,6 @@ def apply_ep(model: nn.Module, mesh: Mesh, *, plan: Mapping[str, str], even: boo
         # The instance's forward shadows the class's, so that no wrapper module changes a name.
         module.forward = partial(_spread_forward, module, group=group, even=even)
     return model
-
-
-def shard_dim(*, shards: int) -> Callable[[nn.Parameter], Shard | None]:
-    """For `fully_shard(experts, shard_placement_fn=...)`: cut inside each expert, not between them.
-
-    A rank has few experts, often fewer than there are shards, and FSDP pads what it cuts on dim 0.
-
-    Args:
-        shards: ranks over which FSDP shards experts.
-
-    Returns:
-        parameter [E, ., .] -> the first dim behind the experts that `shards` divides; None (dim 0) where neither does.
-    """
-
-    def placement(parameter: nn.Parameter) -> Shard | None:
-        return next((Shard(dim) for dim in range(1, parameter.dim()) if parameter.shape[dim] % shards == 0), None)
-
-    return placement
 
 
 def _count(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
@@ -44,6 +45,14 @@ class Packing:
             found.append((at - start, (part * self.degree + rank) * run + inside, length))
             at += length
         return found
+
+
+    def unpacked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A whole tensor in the permuted order, brought into the true one."""
+        whole = torch.empty_like(tensor)
+        for inside, at, length in self.boxes(0, tensor.shape[self.dim], whole=tensor.shape[self.dim]):
+            whole.narrow(self.dim, at, length).copy_(tensor.narrow(self.dim, inside, length))
+        return whole
 
 
 def packings(model: nn.Module) -> dict[str, Packing]:

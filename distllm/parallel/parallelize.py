@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from distllm.config.schema import ActivationConfig
+from distllm.comm import gather_over
+from distllm.config.check_pipeline import stage_owners, virtual_stages
+from distllm.config.errors import ConfigError
+from distllm.config.schedule_csv import owners_of, read_order
+from distllm.config.schema import ActivationConfig, LayoutConfig, MoeConfig
 from distllm.models.spec import ModelSpec
 from distllm.parallel.activation import apply_activation_checkpointing
+from distllm.parallel.balance import RouterWatch
+from distllm.parallel.context import apply_cp
 from distllm.parallel.data import apply_ddp, apply_fsdp
+from distllm.parallel.expert import apply_ep, check_experts, expert_modules
 from distllm.parallel.mesh import AXES, FLAT, Mesh
 from distllm.parallel.packing import Packing, packings
+from distllm.parallel.pipeline import Facts, Pipeline
+from distllm.parallel.stages import Cut, apply_pp, own_blocks
+from distllm.parallel.tensor import apply_tp
+from distllm.parallel.tensor_check import can_cut_sequence, tp_problems
 
 
 @dataclass(frozen=True)
@@ -29,34 +41,37 @@ class Layout:
     """Which blocks are recomputed; None: none."""
     compile_blocks: bool = False
     """Compile each block."""
-    sequence_parallel: bool = True
-    loss_parallel: bool = True
-    cp_method: str = "auto"
+    axes: LayoutConfig = field(default_factory=LayoutConfig)
+    """How tp, cp and pp work; its sizes are not read."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    """The losses of routers."""
+    microbatches: int = 1
+    """Micro-batches of a step, which a pipeline's schedule from a file is read for."""
+    seq_len: int = 1
+    """S, which decides what attention costs where a pipeline is balanced."""
 
 
 @dataclass(frozen=True)
 class Parallel:
     """A model laid out on a mesh, with its weights."""
 
+    model: nn.Module
+    """What this rank holds, under the names of the unwrapped model; of a pipeline its stages, and then not to be called."""
     parts: tuple[nn.Module, ...]
-    """What this rank trains, with the names of the unwrapped model: the model, or its stages of a pipeline."""
+    """The modules that compute: the model, or each of this rank's stages."""
     forward: nn.Module
     """What to call where there is no pipeline: the module itself, or DDP around it."""
     mesh: Mesh
     sharded: bool
     """Whether FSDP casts the parameters itself, so that autocast is not needed."""
-    packings: Mapping[str, Packing]
+    packings: Mapping[str, Packing] = field(default_factory=dict)
     """Parameters that hold several matrices, cut over tp, by name."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, where this rank holds it in one part."""
-        (part,) = self.parts
-        return part
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters by the names of the unwrapped model, tied ones once."""
-        return (pair for part in self.parts for pair in part.named_parameters())
+    pipeline: Pipeline | None = None
+    copies: frozenset[str] = frozenset()
+    """Names of what another pipeline stage holds too and answers for: tied parameters, buffers."""
+    watches: tuple[RouterWatch | None, ...] = (None,)
+    """For each part what adds its routers' losses; None where none is asked for."""
+    layout: Layout = field(default_factory=Layout)
 
     def writes(self, name: str, like: torch.Tensor) -> bool:
         """Whether this rank is the first of those that hold the same piece of the tensor `name`, laid out like `like`."""
@@ -66,17 +81,8 @@ class Parallel:
             for axis, placement in zip(axes, like.placements, strict=True):
                 if not placement.is_replicate():  # FSDP over tp on one dim makes a strided shard, which is no Shard
                     cut |= set(FLAT.get(axis, (axis,)))
-        return self.mesh.first_of(*(axis for axis in AXES if axis != "pp" and axis not in cut))
-
-    def named_buffers(self, *, persistent: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's buffers, or those of them that a checkpoint keeps; one that several stages have comes once."""
-        seen: set[str] = set()
-        for part in self.parts:
-            kept = part.state_dict(keep_vars=True).keys() if persistent else None
-            for name, buffer in part.named_buffers():
-                if name not in seen and (kept is None or name in kept):
-                    seen.add(name)
-                    yield name, buffer
+        others = (axis for axis in AXES if axis != "pp" and axis not in cut)
+        return name not in self.copies and self.mesh.first_of(*others)
 
 
 def parallelize(
@@ -90,9 +96,10 @@ def parallelize(
 ) -> Parallel:
     """Lay a meta model out on the mesh and give it its weights.
 
-    The order: activation checkpointing, compile, shard, weights, replicate. Checkpointing stands inside compile so
-    that the compiler sees it; sharding hooks stand outside, because they break graphs; weights come when every
-    rank knows its shards; DDP last, because it looks at real parameters.
+    The order: stages, tensor, expert, context, activation checkpointing, compile, shard, weights, replicate. A stage is cut
+    from the whole, because only the whole shows that it is a chain. Checkpointing stands inside compile so that the
+    compiler sees it; sharding hooks stand outside, because they break graphs; weights come when every rank knows its
+    shards; DDP last, because it looks at real parameters.
 
     Args:
         model: the whole module on meta, tied.
@@ -101,22 +108,112 @@ def parallelize(
         tensors: every parameter and buffer by name, whole, on the CPU; a rank keeps its part of each.
         device: where this rank computes.
         layout: how; None: the defaults.
+
+    Raises:
+        ConfigError: the model cannot be laid out so; the same on every rank.
     """
     layout = layout or Layout()
     if layout.compute_dtype == torch.float64:
-        model = model.double()
-    blocks = find_blocks(model, spec=spec)
-    if layout.activation is not None:
-        apply_activation_checkpointing(blocks, layout.activation)
-    if layout.compile_blocks:
-        for block in blocks:
-            block.compile()
-    packed = packings(model)
-    apply_fsdp(
-        model, mesh, blocks=blocks, compute_dtype=layout.compute_dtype, reshard_after_forward=layout.reshard_after_forward
+        model = _in_fp64(model)
+    refuse_misfits(model, spec=spec, sizes=mesh.sizes, moe=layout.moe)
+    sequence = layout.axes.sequence_parallel and can_cut_sequence(model, spec=spec)
+    cut = _cut_stages(model, mesh, spec=spec, layout=layout)
+    parts = (model,) if cut is None else tuple(stage.module for stage in cut.stages)
+    watches = []
+    for part in parts:
+        apply_tp(part, mesh, spec=spec, sequence_parallel=sequence, loss_parallel=layout.axes.loss_parallel)
+        apply_ep(part, mesh, plan=spec.ep_plan)
+        apply_cp(part, mesh, method=layout.axes.cp_method)
+        watches.append(_watch(part, spec=spec, moe=layout.moe))
+    packed: dict[str, Packing] = {}
+    for part in parts:
+        blocks = own_blocks(part, spec=spec)
+        if layout.activation is not None:
+            apply_activation_checkpointing(blocks, layout.activation)
+        if layout.compile_blocks:
+            for block in blocks:
+                block.compile()
+        packed |= packings(part)
+        apply_fsdp(
+            part, mesh, blocks=blocks, compute_dtype=layout.compute_dtype,
+            reshard_after_forward=layout.reshard_after_forward, experts=_spread_experts(part, mesh, spec=spec),
+        )  # fmt: skip
+    fill(parts, tensors, device=device, packed=packed, partial=cut is not None)
+    sharded = mesh.shards is not None
+    if cut is None:
+        return Parallel(model, parts, apply_ddp(model, mesh), mesh, sharded, packed, watches=tuple(watches), layout=layout)
+    pipeline = _pipeline(cut, mesh, spec=spec, layout=layout, device=device)
+    copies = frozenset(name for name in cut.chain.tied if not cut.counts_in_norm(name)) | _other_stages_buffers(cut, mesh)
+    return Parallel(cut.model, parts, cut.model, mesh, sharded, packed, pipeline, copies, tuple(watches), layout)
+
+
+def refuse_misfits(model: nn.Module, *, spec: ModelSpec, sizes: Mapping[str, int], moe: MoeConfig) -> None:
+    """Refuse axes that do not fit the model, before it is cut.
+
+    Args:
+        model: the whole module on meta.
+        spec: its plans.
+        sizes: of the mesh axes.
+        moe: the losses of routers.
+
+    Raises:
+        ConfigError: a line each.
+    """
+    if problems := tp_problems(model, spec=spec, size=sizes["tp"]):
+        raise ConfigError(problems)
+    check_experts(model, plan=spec.ep_plan, ep=sizes["ep"], tp=sizes["tp"], moe=moe)
+
+
+def _in_fp64(model: nn.Module) -> nn.Module:
+    choose = getattr(model, "set_experts_implementation", None)
+    if callable(choose):
+        choose("eager")  # transformers' default is torch's grouped product, which knows no fp64
+    return model.double()
+
+
+def _cut_stages(model: nn.Module, mesh: Mesh, *, spec: ModelSpec, layout: Layout) -> Cut | None:
+    """This rank's stages; None without a pipeline."""
+    pp, axes = mesh.sizes["pp"], layout.axes
+    if pp == 1:
+        return None
+    if axes.pp_csv is not None:
+        owners = owners_of(read_order(Path(axes.pp_csv), pp=pp, microbatches=layout.microbatches))
+    else:
+        owners = stage_owners(axes.pp_schedule, pp=pp, virtual=virtual_stages(axes.pp_schedule, axes.pp_virtual))
+    return apply_pp(
+        model, rank=mesh.coordinates()["pp"], owners=owners, spec=spec, seq_len=layout.seq_len, split=axes.pp_split
     )
-    fill(model, tensors, device=device, packed=packed)
-    return Parallel((model,), apply_ddp(model, mesh), mesh, mesh.shards is not None, packed)
+
+
+def _pipeline(cut: Cut, mesh: Mesh, *, spec: ModelSpec, layout: Layout, device: torch.device) -> Pipeline:
+    # Autocast leaves the residual stream in fp32; FSDP's casts make it the compute dtype.
+    low = layout.compute_dtype not in (torch.float32, torch.float64)
+    travels = torch.float32 if low and mesh.shards is None else layout.compute_dtype
+    facts = Facts(
+        layout.axes.pp_schedule, cut.owners, cut.chain.width, travels, csv=layout.axes.pp_csv, tied=cut.chain.tied,
+        pad_id=spec.pad_id or 0,
+    )  # fmt: skip
+    group = mesh.group("pp")
+    assert group is not None
+    return Pipeline(cut.stages, facts=facts, group=group, device=device)
+
+
+def _other_stages_buffers(cut: Cut, mesh: Mesh) -> frozenset[str]:
+    """The buffers of this rank that a rank of an earlier place on the pp axis has too: a checkpoint takes them from there."""
+    mine = {name for name, _ in cut.model.named_buffers()}
+    everyone: Sequence[set[str]] = gather_over(mine, mesh.group("pp"))
+    return frozenset(mine & set().union(*everyone[: mesh.coordinates()["pp"]]))
+
+
+def _watch(part: nn.Module, *, spec: ModelSpec, moe: MoeConfig) -> RouterWatch | None:
+    if not (moe.balance or moe.z_loss):
+        return None
+    return RouterWatch(part, experts=expert_modules(part, plan=spec.ep_plan), moe=moe)
+
+
+def _spread_experts(part: nn.Module, mesh: Mesh, *, spec: ModelSpec) -> Sequence[nn.Module]:
+    """The modules of experts that FSDP lays out apart, because ep has spread them."""
+    return list(expert_modules(part, plan=spec.ep_plan).values()) if mesh.sizes["ep"] > 1 else []
 
 
 def find_blocks(model: nn.Module, *, spec: ModelSpec) -> Sequence[nn.Module]:

@@ -28,8 +28,8 @@ from distllm.engine.native import DTYPES, NativeEngine
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
 from distllm.models.weights import LoadReport, load_report
-from distllm.parallel.mesh import AXES, Mesh, build_mesh
-from distllm.parallel.parallelize import Layout, Parallel, parallelize
+from distllm.parallel.mesh import Mesh, build_mesh
+from distllm.parallel.parallelize import Layout, Parallel, parallelize, refuse_misfits
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
@@ -132,7 +132,9 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     """`build`, once the run has a folder and a log."""
     started = with_start(config, folder, world)
     # A wrong type or size, and a model that cannot fit, are told before the text is tokenised.
-    _refuse_too_large(config, _guessed_spec(started), world, shards=resolved.dp_shard)
+    guessed = _guessed_spec(started)
+    refuse_misfits(meta_model(guessed), spec=guessed, sizes=resolved.sizes(), moe=config.moe)
+    _refuse_too_large(config, guessed, world, shards=resolved.shards)
     prepared = _data(config, world)
     data = DataFacts(prepared.digest, folder_digest(prepared.tokenizer_folder))
     comm.main_first(lambda: keep_tokenizer(folder, prepared.tokenizer_folder), world)
@@ -150,8 +152,8 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     samples = open_samples(
         prepared, config, resolved=resolved, tokenizer=tokenizer, decoder_start=spec.decoder_start, token_types=spec.token_types
     )
-    _refuse_too_large(config, spec, world, shards=resolved.dp_shard)
-    mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})
+    _refuse_too_large(config, spec, world, shards=resolved.shards)
+    mesh = build_mesh(world, sizes=resolved.sizes())
     if spec.hf_config is not None:
         comm.main_first(lambda: keep_model_config(folder, spec.hf_config), world)
     _tell_loaded(load_report(plain), log)
@@ -159,7 +161,7 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
         config, world, mesh=mesh, spec=spec, task=task, tensors=first_tensors(plain, spec, seed=config.seed),
         teacher=laid_out(taught_by, config, world, mesh=mesh),
     )  # fmt: skip
-    seed_rank(config.seed, dp_rank=mesh.dp_rank, step=0)
+    seed_rank(config.seed, dp_rank=_reader(mesh), step=0)
     attempt = comm.broadcast(secrets.token_hex(4), world)
     checkpoints = CheckpointManager(
         folder.checkpoints, config=config.checkpoint, world=world, attempt=attempt, logger=log
@@ -193,6 +195,12 @@ def _guessed_spec(config: Config) -> ModelSpec:
     if config.task.kind == "regression":
         labels = {"": 1}
     return resolve_spec(config, vocab_size=5, labels=labels, roles=Roles(eos=0, pad=1, begin=2, separator=0, mask=3))
+
+
+def _reader(mesh: Mesh) -> int:
+    """A number for each rank with dropout of its own: those that hold other samples, parts of sequences or stages."""
+    place = mesh.coordinates()
+    return (mesh.dp_rank * mesh.sizes["cp"] + place["cp"]) * mesh.sizes["pp"] + place["pp"]
 
 
 def _tell_loaded(report: LoadReport | None, log: logging.Logger) -> None:
@@ -250,26 +258,28 @@ def build_engine(
     if teacher is not None:
         objective = distilled(objective, teacher=teacher, config=config.distill, kind=task.kind)
     scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
+    # By names of the whole model, before a pipeline cuts it.
+    optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
+    penalty = make_penalty(config.optim, model=model)
     parallel: Parallel = parallelize(
         model, mesh, spec=spec, tensors=initial_tensors(spec, seed=config.seed) if tensors is None else tensors,
-        device=world.device, layout=_layout_of(config),
+        device=world.device, layout=_layout_of(config, ranks=world.size),
     )  # fmt: skip
     return NativeEngine(
         parallel, objective=objective,
-        optimizer=make_optimizer(config.optim, model=model, device=world.device, scales=scales),
+        optimizer=optimizer,
         schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps),
-        clip=config.optim.clip, penalty=make_penalty(config.optim, model=model), precision=config.precision,
+        clip=config.optim.clip, penalty=penalty, precision=config.precision,
         device=world.device, rank=world.rank, ema=config.train.ema,
         loss_unit=float(config.train.micro_batch * (1 if one_target(config) else config.data.seq_len)),
     )  # fmt: skip
 
 
-def _layout_of(config: Config) -> Layout:
+def _layout_of(config: Config, *, ranks: int) -> Layout:
     """How the config lays the model out, besides the sizes of the axes."""
-    layout = config.layout
     return Layout(
-        DTYPES[config.precision.compute], layout.reshard_after_forward, config.activation, config.train.compile,
-        sequence_parallel=layout.sequence_parallel, loss_parallel=layout.loss_parallel, cp_method=layout.cp_method,
+        DTYPES[config.precision.compute], config.layout.reshard_after_forward, config.activation, config.train.compile,
+        axes=config.layout, moe=config.moe, microbatches=resolve_layout(config, ranks).accumulation, seq_len=config.data.seq_len,
     )  # fmt: skip
 
 
@@ -328,7 +338,7 @@ def _restore(
     if rng is not None:
         restore_random_state(rng, device=engine.device)
     else:  # another layout has other ranks: fresh generators, but not those of step 0 again
-        seed_rank(config.seed, dp_rank=mesh.dp_rank, step=engine.updates)
+        seed_rank(config.seed, dp_rank=_reader(mesh), step=engine.updates)
     return facts
 
 

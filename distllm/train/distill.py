@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from distllm.config.errors import ConfigError
-from distllm.config.schema import Config, DistillConfig
+from distllm.config.schema import Config, DistillConfig, LayoutConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms, Objective
 from distllm.models.build import meta_model
@@ -128,7 +128,9 @@ def build_teacher(
     takes = frozenset(inspect.signature(model.forward).parameters)
     if mesh.sizes["dp_shard"] == 1:  # replicas that never change need no DDP, which has no use for frozen weights
         mesh = replace(mesh, sizes={**mesh.sizes, "dp_replicate": 1})
-    parallel = parallelize(model, mesh, spec=spec, tensors=tensors, device=device, layout=Layout(compute_dtype))
+    # Whole logits, which compare with the student's, whose layout.loss_parallel is off beside a teacher.
+    layout = Layout(compute_dtype, axes=LayoutConfig(sequence_parallel=False, loss_parallel=False))
+    parallel = parallelize(model, mesh, spec=spec, tensors=tensors, device=device, layout=layout)
     model.eval()
     return Teacher(parallel, device, compute_dtype, takes)
 

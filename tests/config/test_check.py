@@ -60,7 +60,7 @@ def test_the_defaults_are_sound() -> None:
         ("checkpoint.every=0 checkpoint.keep_every=5", "checkpoint.keep_every=5: needs checkpoint.every, which is 0; nearest: 0, or checkpoint.every=5"),
         ("precision.tf32=true device=cpu", "precision.tf32=true: is for GPUs, and device is cpu; nearest: false"),
         ("out=", "out='': must not be empty; nearest: runs"),
-        ("layout.dp_shard=1 layout.cp_method=ring", "layout.cp_method=ring: says how layout.cp works, which is 1; nearest: auto"),
+        ("layout.dp_shard=1 layout.cp_method=ulysses", "layout.cp_method=ulysses: says how layout.cp works, which is 1; nearest: ring"),
         ("layout.dp_replicate=auto", "layout.dp_replicate=auto: only one of dp_replicate and dp_shard can be auto; nearest: 1"),
         ("train.global_batch=12", "train.global_batch=12: must be a multiple of micro_batch 8; nearest: 16"),
         ("train.global_batch=40 train.accumulation=2", "train.global_batch=40: must be a multiple of micro_batch 8 x accumulation 2 = 16; nearest: 48, or train.accumulation=auto"),

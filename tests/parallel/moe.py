@@ -16,7 +16,8 @@ from distllm.config.schema import MoeConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.models.hf import spec_from_config
 from distllm.models.spec import ModelSpec
-from distllm.parallel.expert import apply_ep, check_experts, expert_modules, shard_dim
+from distllm.parallel.data import shard_dim
+from distllm.parallel.expert import apply_ep, check_experts, expert_modules
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.parallel.parallelize import fill, find_blocks
 

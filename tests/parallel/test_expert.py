@@ -24,7 +24,8 @@ from distllm.config.errors import ConfigError
 from distllm.config.schema import MoeConfig
 from distllm.engine.local import LocalParameters, local_part
 from distllm.parallel.balance import RouterWatch
-from distllm.parallel.expert import apply_ep, check_experts, expert_modules, grouped_linear, shard_dim
+from distllm.parallel.data import shard_dim
+from distllm.parallel.expert import apply_ep, check_experts, expert_modules, grouped_linear
 from distllm.parallel.mesh import AXES, build_mesh
 from tests.parallel.moe import (
     EXPERTS,
