@@ -42,7 +42,8 @@ def run(case: Case, world: World, *, sequence: bool, recompute: bool) -> tuple[l
     def prepare(model: nn.Module) -> None:
         model.config._attn_implementation = "eager"  # type: ignore[union-attr]  # its dropout is seen from outside
         if recompute:
-            apply_activation_checkpointing(find_blocks(model, spec=spec), ActivationConfig(mode="selective" if sequence else "full"))
+            config = ActivationConfig(mode="selective" if sequence else "full")
+            apply_activation_checkpointing(find_blocks(model, spec=spec), config)
 
     spec: ModelSpec = case.spec
     model, packed, _ = laid_out(case, world, tp=world.size, sequence=sequence, prepare=prepare)
