@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from distllm.comm import World
+from distllm.config.schema import ActivationConfig
 from distllm.models.spec import ModelSpec
 from distllm.parallel.activation import apply_activation_checkpointing
 from distllm.parallel.parallelize import find_blocks
@@ -41,7 +42,8 @@ def run(case: Case, world: World, *, sequence: bool, recompute: bool) -> tuple[l
     def prepare(model: nn.Module) -> None:
         model.config._attn_implementation = "eager"  # type: ignore[union-attr]  # its dropout is seen from outside
         if recompute:
-            apply_activation_checkpointing(find_blocks(model, spec=spec), mode="full", every=1)
+            config = ActivationConfig(mode="selective" if sequence else "full")
+            apply_activation_checkpointing(find_blocks(model, spec=spec), config)
 
     spec: ModelSpec = case.spec
     model, packed, _ = laid_out(case, world, tp=world.size, sequence=sequence, prepare=prepare)
