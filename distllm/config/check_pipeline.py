@@ -1,0 +1,75 @@
+"""What a pipeline schedule asks of the layout and the batch; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev", "csv")
+SINGLE = ("gpipe", "1f1b")
+"""One stage a rank."""
+LOOPED = ("interleaved_1f1b", "interleaved_zero_bubble")
+"""Rank r holds the stages r, r + pp, r + 2 pp, ..."""
+V_SHAPED = ("zbv", "dualpipev")
+"""Rank r holds the stages r and 2 pp - 1 - r."""
+SPLITS_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev", "csv")
+"""Gradients of inputs and of weights are computed at different times."""
+
+
+def stage_owners(schedule: str, *, pp: int, virtual: int) -> tuple[int, ...]:
+    """For each stage, in the order of the forward pass, the pp rank that holds it.
+
+    Args:
+        schedule: one of SCHEDULES but csv, whose file says it.
+        pp: ranks.
+        virtual: stages of one rank.
+    """
+    if schedule in V_SHAPED:
+        return (*range(pp), *reversed(range(pp)))
+    return tuple(stage % pp for stage in range(pp * virtual))
+
+
+def needs_gathered(schedule: str) -> bool:
+    """Whether FSDP must keep parameters gathered after a forward pass (layout.reshard_after_forward=false).
+
+    Where the backward pass is split, torch 2.13 computes gradients of weights from graphs that hold gathered parameters
+    which FSDP has freed: gradients are missing (interleaved zero bubble, ZBV) or wrong (DualPipeV), and nothing says so.
+    """
+    return schedule in SPLITS_BACKWARD
+
+
+def schedule_problems(schedule: str, *, pp: int, virtual: int, microbatches: int) -> Iterator[str]:
+    """What a schedule cannot do, a line for each problem.
+
+    Args:
+        schedule: one of SCHEDULES.
+        pp: ranks of the pipeline.
+        virtual: stages of one rank.
+        microbatches: of one step and data-parallel rank: train.accumulation.
+    """
+    if pp == 1:
+        return
+    if schedule in SINGLE and virtual != 1:
+        yield f"layout.pp_virtual={virtual}: {schedule} has one stage a rank; nearest: 1, or layout.pp_schedule=interleaved_1f1b"
+    if schedule in V_SHAPED and virtual != 2:
+        yield f"layout.pp_virtual={virtual}: {schedule} has two stages a rank; nearest: 2"
+    least = _least(schedule, pp, virtual)
+    if microbatches < least:
+        rule = f"{schedule} over layout.pp={pp} needs at least {least} micro-batches a step"
+        yield f"train.accumulation={microbatches}: {rule}; nearest: {least}, or layout.pp_schedule=gpipe"
+    elif schedule in LOOPED and microbatches % (rounds := max(1, microbatches // pp)):
+        nearest = _nearest_looped(microbatches, pp)
+        rule = f"{schedule} runs {rounds} rounds of {pp} or more, so it must be a multiple of {rounds}"
+        yield f"train.accumulation={microbatches}: {rule}; nearest: {nearest}"
+
+
+def _least(schedule: str, pp: int, virtual: int) -> int:
+    """The fewest micro-batches that torch's schedule takes."""
+    if schedule == "1f1b":
+        return pp
+    return 2 * pp if schedule == "dualpipev" else 1
+
+
+def _nearest_looped(microbatches: int, pp: int) -> int:
+    """The nearest number that torch's rounds divide: n with n % max(1, n // pp) == 0."""
+    near = sorted(range(1, 2 * microbatches + pp), key=lambda n: (abs(n - microbatches), -n))
+    return next(n for n in near if n % max(1, n // pp) == 0)
