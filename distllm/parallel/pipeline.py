@@ -33,6 +33,7 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
+from distllm.config.check_pipeline import needs_gathered
 from distllm.data.batch import Batch
 from distllm.parallel.cut import Stage
 from distllm.parallel.equal_shapes import equal_shapes
@@ -66,6 +67,8 @@ class Facts:
     """Into how many parts sequence parallelism cuts the hidden states along S."""
     tied: tuple[str, ...] = ()
     """Parameters that the first and the last stage both hold, by name."""
+    pad_id: int = 0
+    """What fills up the input_ids of micro-batches that are shorter than others of their step."""
 
 
 class Pipeline:
@@ -101,6 +104,8 @@ class Pipeline:
             stage.slot.dtype = facts.dtype
             if context is not None:
                 stage.slot.context = context
+            if needs_gathered(facts.schedule):
+                _keep_gathered(stage.module)
 
     def train(
         self, batches: Sequence[Batch], terms: Callable[[Any, Batch], Any], *, scale: float = 1.0
@@ -116,7 +121,7 @@ class Pipeline:
             [loss sum, count] over the micro-batches, [2] fp64, the same on every pp rank.
         """
         self.share_tied_weights()
-        batches = equal_shapes(batches)
+        batches = equal_shapes(batches, pad_id=self.facts.pad_id)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         loss_dtype = self._loss_dtype()
 
@@ -317,6 +322,13 @@ class Pipeline:
         """The first and the last stage where this rank holds both, as in V schedules."""
         ends = self.stages[0], self.stages[-1]
         return ends if ends[0].index == 0 and ends[1].index == len(self.facts.owners) - 1 else None
+
+
+def _keep_gathered(module: nn.Module) -> None:
+    """Make impossible what torch does silently: wrong gradients of parameters that FSDP frees between the two halves."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_reshard_after_forward(False, recurse=False)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
