@@ -340,6 +340,7 @@ def explain(
     words: Words = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Work the batch out for this number of ranks.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Draw the pipeline's step to this PNG file.")] = None,
 ) -> int:
     """Show every value of a config, where it came from, and what it means."""
     from distllm.config import explain as explaining
@@ -358,6 +359,10 @@ def explain(
     problems = check(loaded.config, world_size=ranks)
     if problems:
         raise ConfigError(problems)
+    if timeline is not None:
+        from distllm.timeline.of_config import draw_config
+
+        print("\n".join(draw_config(loaded.config, timeline, ranks=ranks)))
     return EXIT_OK
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev", "csv")
 SINGLE = ("gpipe", "1f1b")
@@ -13,6 +14,11 @@ V_SHAPED = ("zbv", "dualpipev")
 """Rank r holds the stages r and 2 pp - 1 - r."""
 SPLITS_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev", "csv")
 """Gradients of inputs and of weights are computed at different times."""
+
+
+def virtual_stages(schedule: str, virtual: int | Literal["auto"]) -> int:
+    """Stages of one rank; what `layout.pp_virtual=auto` stands for."""
+    return (1 if schedule in SINGLE else 2) if virtual == "auto" else virtual
 
 
 def stage_owners(schedule: str, *, pp: int, virtual: int) -> tuple[int, ...]:

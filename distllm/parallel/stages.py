@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,8 +112,12 @@ class StageModules(nn.Module):
         return found
 
     def get_submodule(self, target: str) -> nn.Module:
-        found = [stage.get_submodule(target) for stage in self.stages]
-        return next((module for module in found if not isinstance(module, Foreign)), found[0])
+        for stage in self.stages:  # a stand-in has nothing below it
+            with contextlib.suppress(AttributeError):
+                module: nn.Module = stage.get_submodule(target)
+                if not isinstance(module, Foreign):
+                    return module
+        raise AttributeError(f"no stage of this rank has {target}")
 
 
 def _first(named: Iterable[Iterable[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from distllm.config.schedule_csv import Kind, Order, Step, Work, gives, waits_for
+from distllm.config.schedule_csv import Kind, Order, Step, Work
 
 UNIT: Mapping[Kind, float] = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
 """What a stage's work costs: the forward pass and both halves of the backward pass one slot each."""
@@ -27,12 +28,12 @@ class Timeline:
     ranks: tuple[tuple[Slot, ...], ...]
     """For each rank what it does, in order."""
 
-    @property
+    @cached_property
     def length(self) -> float:
         """From the first forward to the last backward of the step."""
         return max(row[-1].end for row in self.ranks)
 
-    @property
+    @cached_property
     def busy(self) -> tuple[float, ...]:
         """How long each rank computes."""
         return tuple(sum(slot.end - slot.begin for slot in row) for row in self.ranks)
@@ -61,33 +62,53 @@ def simulate(order: Order, *, costs: Mapping[Kind, float] = UNIT) -> Timeline:
         costs: time of each kind of work, in any one unit.
     """
     last = max(work.stage for row in order for step in row for work in step)
-    sent: dict[tuple[int, str, int], float] = {}
+    # When a stage's output, or the gradient of its input, was sent, by (stage, micro-batch).
+    outputs: dict[tuple[int, int], float] = {}
+    gradients: dict[tuple[int, int], float] = {}
     rows: list[list[Slot]] = [[] for _ in order]
-    places = [0] * len(order)
-    while any(place < len(row) for place, row in zip(places, order, strict=True)):
-        before = sum(places)
-        for rank, row in enumerate(order):
-            while places[rank] < len(row):
-                slots = _run(row[places[rank]], rows[rank], sent, last, costs)
-                if slots is None:
-                    break
-                rows[rank] += slots
-                sent |= {gives(slot.work): slots[-1].end for slot in slots}
-                places[rank] += 1
-        assert sum(places) > before, "the order was checked, or is one of ours"
-    return Timeline(tuple(tuple(row) for row in rows))
+    waiting = [iter(row) for row in order]
+    steps = [next(row, None) for row in waiting]
+    while any(step is not None for step in steps):
+        moved = False
+        for rank, mine in enumerate(rows):
+            step, now = steps[rank], mine[-1].end if mine else 0.0
+            while step is not None and (slots := _run(step, now, outputs, gradients, last, costs)):
+                now = slots[-1].end
+                for _, _, (stage, kind, number) in slots:  # torch sends what a step gives when all of it is done
+                    if kind == "F":
+                        outputs[stage, number] = now
+                    elif kind != "W":
+                        gradients[stage, number] = now
+                mine += slots
+                step, moved = next(waiting[rank], None), True
+            steps[rank] = step
+        assert moved, "the order was checked, or is one of ours"
+    return Timeline(tuple(map(tuple, rows)))
 
 
 def _run(
-    step: Step, done: list[Slot], sent: Mapping[tuple[int, str, int], float], last: int, costs: Mapping[Kind, float]
-) -> list[Slot] | None:
-    """The slots of a rank's next step; None while something that it waits for is not known."""
-    now, slots = done[-1].end if done else 0.0, []
+    step: Step,
+    now: float,
+    outputs: Mapping[tuple[int, int], float],
+    gradients: Mapping[tuple[int, int], float],
+    last: int,
+    costs: Mapping[Kind, float],
+) -> list[Slot]:
+    """The slots of a rank's next step; empty while something that it waits for is not known.
+
+    What a stage needs of itself was before it in the order of its rank, so only its neighbours are looked at.
+    """
+    slots = []
     for work in step:
-        for need in waits_for(work, last=last):
-            if need not in sent:
-                return None
-            now = max(now, sent[need])
-        slots.append(Slot(now, now + costs[work.kind], work))
-        now = slots[-1].end
+        stage, kind, number = work
+        known: float | None = 0.0
+        if kind == "F":
+            known = outputs.get((stage - 1, number)) if stage else 0.0
+        elif kind != "W" and stage != last:
+            known = gradients.get((stage + 1, number))
+        if known is None:
+            return []
+        begin = known if known > now else now
+        now = begin + costs[kind]
+        slots.append(Slot(begin, now, work))
     return slots

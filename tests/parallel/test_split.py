@@ -24,7 +24,7 @@ def test_equal_blocks_are_spread_evenly() -> None:
 
 def test_a_dear_head_takes_blocks_from_the_last_stage() -> None:
     assert sizes(Costs((1.0,) * 8, back=2.0), 2) == [5, 3]
-    assert sizes(Costs((1.0,) * 8, front=1.0, back=3.0), 4) == [2, 3, 2, 1]
+    assert sizes(Costs((1.0,) * 9, front=1.0, back=3.0), 4) == [2, 3, 3, 1]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 7])
