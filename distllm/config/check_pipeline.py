@@ -43,7 +43,9 @@ def needs_gathered(schedule: str) -> bool:
     return schedule in SPLITS_BACKWARD
 
 
-def schedule_problems(schedule: str, *, pp: int, virtual: int, microbatches: int) -> Iterator[str]:
+def schedule_problems(
+    schedule: str, *, pp: int, virtual: int, microbatches: int, compiled: bool = False
+) -> Iterator[str]:
     """What a schedule cannot do, a line for each problem.
 
     Args:
@@ -51,9 +53,14 @@ def schedule_problems(schedule: str, *, pp: int, virtual: int, microbatches: int
         pp: ranks of the pipeline.
         virtual: stages of one rank.
         microbatches: of one step and data-parallel rank: train.accumulation.
+        compiled: train.compile.
     """
     if pp == 1:
         return
+    if compiled and schedule in SPLITS_BACKWARD:
+        # torch 2.13: a second backward pass through a compiled graph, for the other half, may find its buffers given away.
+        rule = f"a compiled block computes both halves of its backward pass at once, and {schedule} takes them apart"
+        yield f"train.compile=true: {rule}; nearest: false, or layout.pp_schedule=interleaved_1f1b"
     if schedule in SINGLE and virtual != 1:
         yield f"layout.pp_virtual={virtual}: {schedule} has one stage a rank; nearest: 1, or layout.pp_schedule=interleaved_1f1b"
     if schedule in V_SHAPED and virtual != 2:

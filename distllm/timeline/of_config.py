@@ -53,7 +53,11 @@ def _order(config: Config, microbatches: int) -> Order:
             raise ConfigError(["layout.pp_schedule=csv: needs layout.pp_csv, the file; nearest: 1f1b"])
         return read_order(Path(layout.pp_csv), pp=layout.pp, microbatches=microbatches)
     virtual = virtual_stages(layout.pp_schedule, layout.pp_virtual)
-    problems = list(schedule_problems(layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=microbatches))
+    problems = list(
+        schedule_problems(
+            layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=microbatches, compiled=config.train.compile
+        )
+    )
     if problems:
         raise ConfigError(problems)
     return schedule_order(layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=microbatches)

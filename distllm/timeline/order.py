@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from distllm.config.check_pipeline import stage_owners
 from distllm.config.schedule_csv import Kind, Order, Step, Work
 
+
 def schedule_order(schedule: str, *, pp: int, virtual: int, microbatches: int) -> Order:
     """What each rank computes, in order.
 
@@ -37,8 +38,9 @@ def schedule_order(schedule: str, *, pp: int, virtual: int, microbatches: int) -
 
 
 def _gpipe(rank: int, stages: list[int], p: int, m: int) -> Iterator[Work]:
-    for kind in ("F", "B"):
-        yield from (Work(stages[0], kind, n) for n in range(m))  # type: ignore[arg-type]
+    kinds: tuple[Kind, Kind] = ("F", "B")
+    for kind in kinds:
+        yield from (Work(stages[0], kind, n) for n in range(m))
 
 
 def _one_forward_one_backward(rank: int, stages: list[int], p: int, m: int) -> Iterator[Work]:
@@ -114,8 +116,10 @@ def _zbv(rank: int, stages: list[int], p: int, m: int) -> Iterator[Work]:
     work = _Counting(stages)
     down, up, whole = work.down, work.up, max(2 * p - 1, m)
     plan: list[tuple[int, Kind]] = [(down, "F")] * (2 * (p - rank) - 1)
-    plan += [(up, "F"), (down, "F")] * rank
-    plan += [(up, "F"), (up, "I"), (up, "W")] * (p - rank)
+    for _ in range(rank):
+        plan += [(up, "F"), (down, "F")]
+    for _ in range(p - rank):
+        plan += [(up, "F"), (up, "I"), (up, "W")]
     forwards = {down: 2 * p - rank - 1, up: p}
     while forwards[up] < forwards[down] or forwards[down] < whole:
         if forwards[down] < whole:
@@ -123,9 +127,12 @@ def _zbv(rank: int, stages: list[int], p: int, m: int) -> Iterator[Work]:
             forwards[down] += 1
         plan += [(down, "I"), (down, "W"), (up, "F"), (up, "I"), (up, "W")]
         forwards[up] += 1
-    plan += [(down, "I"), (up, "I")] * rank
-    plan += [(down, "I"), (down, "W")] * (p - rank)
-    plan += [(up, "W")] * rank + [(down, "W")] * rank
+    for _ in range(rank):
+        plan += [(down, "I"), (up, "I")]
+    for _ in range(p - rank):
+        plan += [(down, "I"), (down, "W")]
+    for stage in (up, down):
+        plan += [(stage, "W") for _ in range(rank)]
     every = [work.next(stage, kind) for stage, kind in plan]
     return (one for one in every if one.microbatch < m)
 

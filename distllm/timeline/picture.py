@@ -39,9 +39,8 @@ def draw_timeline(timeline: Timeline, path: Path, *, title: str) -> None:
             dark = slot.work.stage == stages[0]
             middle = (slot.begin + slot.end) / 2
             size = min(8.0, 40 * inch)
-            axes.text(
-                middle, rank, str(slot.work.microbatch), ha="center", va="center", fontsize=size, color="white" if dark else "black"
-            )
+            colour = "white" if dark else "black"
+            axes.text(middle, rank, str(slot.work.microbatch), ha="center", va="center", fontsize=size, color=colour)
     for kind in sorted({slot.work.kind for row in timeline.ranks for slot in row}, key=list(COLOURS).index):
         axes.broken_barh([(0, 0)], (0, 0), facecolors=COLOURS[kind], label=MEANING[kind])
     axes.set_xlim(0, length)
@@ -49,7 +48,7 @@ def draw_timeline(timeline: Timeline, path: Path, *, title: str) -> None:
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     axes.set_xlabel("slots: a forward pass of a stage is one")
     axes.set_title(f"{title}\n{idle_line(timeline)}", fontsize=10)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25 if ranks < 6 else -0.12), ncols=4, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130, facecolor="white")

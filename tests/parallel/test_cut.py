@@ -39,8 +39,9 @@ def test_positions_stand_before_the_blocks_and_tied_weights_at_both_ends() -> No
 
 
 def test_an_encoder_is_a_chain_too() -> None:
-    from distllm.models.hf import spec_from_config
     from transformers import BertConfig
+
+    from distllm.models.hf import spec_from_config
 
     config = BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=50)
     chain = chain_of(spec_from_config(config, task="masked_lm"))
@@ -129,12 +130,13 @@ def test_what_is_no_chain_is_refused_by_name(build: Callable[[], nn.Module], why
 
 
 def test_an_encoder_decoder_is_refused() -> None:
-    from distllm.models.hf import spec_from_config
     from transformers import T5Config
+
+    from distllm.models.hf import spec_from_config
 
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
     spec = spec_from_config(T5Config(**sizes, decoder_start_token_id=0), task="seq2seq")
-    with pytest.raises(ConfigError, match="t5 cannot be cut into stages: has 2 stacks of blocks, .*; nearest: 1"):
+    with pytest.raises(ConfigError, match=r"t5 cannot be cut into stages: has 2 stacks of blocks, .*; nearest: 1"):
         chain_of(spec)
 
 

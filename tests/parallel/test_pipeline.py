@@ -59,7 +59,8 @@ def check(case: Case, schedules: tuple[str, ...], folder: Path, *, tolerance: fl
         error, name = worst([answer[1] for answer in here], wanted)
         assert error < tolerance, (schedule, name, error)
         for first, _, evaluated, text, second, third in here:
-            np.testing.assert_allclose(evaluated, (float(loss.sum), float(loss.count), float(loss.parts["correct"])), rtol=tolerance)
+            whole = (float(loss.sum), float(loss.count), float(loss.parts["correct"]))
+            np.testing.assert_allclose(evaluated, whole, rtol=tolerance)
             np.testing.assert_allclose(text, logits, rtol=0, atol=tolerance * np.abs(logits).max())
             np.testing.assert_array_equal(first, third)
             if other_total is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_no_other_split_is_better(stages: int) -> None:
 
     def spread(ends: tuple[int, ...]) -> tuple[float, float]:
         edges = [0, *ends, 7]
-        each = [sum(costs.blocks[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        each = [sum(costs.blocks[a:b]) for a, b in pairwise(edges)]
         each[0] += costs.front
         each[-1] += costs.back
         return max(each), sum(cost * cost for cost in each)
@@ -78,5 +78,5 @@ def test_a_split_of_the_users_own_is_taken() -> None:
 
 
 def test_more_stages_than_blocks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="layout.pp: 4 stages need a block each, and the model has 3; nearest: 3 stages"):
+    with pytest.raises(ConfigError, match=r"layout\.pp: 4 stages need a block each, and the model has 3; nearest: 3 stages"):
         split_blocks(Costs((1.0,) * 3), stages=4)
