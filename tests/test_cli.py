@@ -343,6 +343,16 @@ def test_real_ranks_tell_an_error_once(mode: str, code: int, err: str, here: Pat
     assert (done.returncode, done.stderr) == (code, err)
 
 
+def test_explain_draws_the_pipeline(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distllm.config.check.NOT_BUILT", ())
+    argv = "explain run.yaml layout.pp=4 train.accumulation=8 --timeline step.png"
+    assert cli.run(shlex.split(argv)) == 0
+    assert "1f1b over 4 ranks, 8 micro-batches: 36 of 132 slots idle, 27.3 %\n" in capsys.readouterr().out
+    assert (here / "step.png").stat().st_size > 5000
+    assert cli.run(shlex.split("explain run.yaml --timeline step.png")) == errors.EXIT_CONFIG
+    assert capsys.readouterr().err == "distllm: layout.pp=1: has no pipeline to draw to step.png; nearest: 2\n"
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     line = f"{shlex.quote(sys.executable)} -m distllm explain run.yaml | head -1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -153,9 +153,9 @@ class _StageForward:
         try:
             with slot.context():
                 outputs = self._forward(**batch.inputs)
-                if self._last:
-                    assert slot.finish is not None
-                    return slot.finish(outputs, batch)
+            if self._last:
+                assert slot.finish is not None
+                return slot.finish(outputs, batch)
             assert slot.sent is not None, "the stand-in after the stage's last block was not called"
             return slot.sent.to(slot.dtype or slot.sent.dtype).contiguous()
         finally:

@@ -92,7 +92,7 @@ class Pipeline:
         facts: what all ranks know.
         group: the pp ranks.
         device: where this rank computes.
-        context: what forward passes and losses run in, such as autocast; None: nothing.
+        context: what forward passes run in, such as autocast; None: nothing.
         """
         self.stages, self.facts, self.group, self.device = tuple(stages), facts, group, device
         self.rank = dist.get_rank(group)
@@ -322,6 +322,18 @@ class Pipeline:
         """The first and the last stage where this rank holds both, as in V schedules."""
         ends = self.stages[0], self.stages[-1]
         return ends if ends[0].index == 0 and ends[1].index == len(self.facts.owners) - 1 else None
+
+
+class PipelinedModel(nn.Module):
+    """The whole model as it answers: every pp rank calls it, with the same inputs, and gets the logits [B, S, V]."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([stage.module for stage in pipeline.stages])
+        self._pipeline = pipeline
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._pipeline.logits({"input_ids": input_ids})
 
 
 def _keep_gathered(module: nn.Module) -> None:

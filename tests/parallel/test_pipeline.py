@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distllm.comm import World
 from distllm.data.batch import IGNORE, Batch
+from distllm.generate import Sampling, stream
 from distllm.parallel.cut import Foreign
 from distllm.parallel.equal_shapes import equal_shapes
+from distllm.parallel.pipeline import PipelinedModel
 from tests.parallel.pipelines import EVERY, Case, gradients, one_process, piped, step_of, terms, worst
 from tests.ranks import on_ranks
 
@@ -241,3 +244,56 @@ def test_a_foreign_block_keeps_what_a_loop_reads(tmp_path: Path) -> None:
 
     first, second = on_ranks(rank, 2, tmp_path)
     assert first == [not flag for flag in second] and len(first) == 4
+
+
+def test_text_is_written_by_all_stages_together(tmp_path: Path) -> None:
+    case, sampling = Case("llama", double=False), Sampling(6, temperature=0.0)
+    prompt = torch.arange(8).reshape(2, 4)
+    wanted = torch.stack(list(stream(one_process(case), input_ids=prompt, sampling=sampling))).tolist()
+
+    def rank(world: World) -> list[list[int]]:
+        pipeline, _, _ = piped(world, case, "interleaved_1f1b")
+        return torch.stack(list(stream(PipelinedModel(pipeline), input_ids=prompt, sampling=sampling))).tolist()
+
+    assert on_ranks(rank, 2, tmp_path) == [wanted, wanted]
+
+
+def test_autocast_stands_around_forward_passes_alone(tmp_path: Path) -> None:
+    """bf16 products, fp32 between stages: to the bit what one process computes."""
+    case = Case("llama", double=False)
+    low = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    model = one_process(case)
+    for batch in case.batches():
+        with low():
+            outputs = model(**batch.inputs)
+        terms(outputs, batch).sum.backward()
+    wanted = gradients(model)
+
+    def rank(world: World) -> dict[str, np.ndarray]:
+        pipeline, cut, batches = piped(world, case, "1f1b")
+        for stage in pipeline.stages:
+            stage.slot.context = low
+        pipeline.train(batches, terms)
+        return gradients(cut.model)
+
+    assert worst(on_ranks(rank, 2, tmp_path), wanted)[0] == 0.0
+
+
+def test_frozen_blocks_get_no_gradient(tmp_path: Path) -> None:
+    """With the embedding and the first stage's blocks frozen, what it sends needs no gradient."""
+    case = Case("llama")
+    model = one_process(case)
+    frozen = ("model.embed_tokens", "model.layers.0.", "model.layers.1.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    step_of(model, case.batches())
+    wanted = gradients(model)
+
+    def rank(world: World) -> dict[str, np.ndarray]:
+        pipeline, cut, batches = piped(world, replace(case, split=[2, 2]), "1f1b")
+        for name, parameter in cut.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        pipeline.train(batches, terms)
+        return gradients(cut.model)
+
+    assert worst(on_ranks(rank, 2, tmp_path), wanted)[0] < 1e-12
