@@ -12,7 +12,7 @@ from torch import nn
 
 from distllm.models.spec import ModelSpec
 from distllm.parallel.cut import Chain, Foreign, Slot, Stage, apply_cut, find_chain
-from distllm.parallel.split import estimated_costs, given_split, split_blocks
+from distllm.parallel.split import Costs, estimated_costs, given_split, split_blocks
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def apply_pp(
     spec: ModelSpec,
     seq_len: int,
     split: Sequence[int] | None = None,
+    costs: Costs | None = None,
 ) -> Cut:
     """Cut this rank's stages from the whole module.
 
@@ -51,7 +52,8 @@ def apply_pp(
         owners: for each stage the pp rank that holds it (`stage_owners`).
         spec: names the blocks.
         seq_len: S, which decides what attention costs beside the head.
-        split: blocks per stage, in the order of the forward pass; None: balanced by estimated cost.
+        split: blocks per stage, in the order of the forward pass; None: balanced by cost.
+        costs: measured ones, the same on every rank; None: estimated ones.
 
     Raises:
         ConfigError: a model that cannot be cut, or a split that does not fit it; the same on every rank.
@@ -60,7 +62,8 @@ def apply_pp(
     if split is not None:
         blocks = given_split(split, stages=len(owners), blocks=len(chain.blocks))
     else:
-        blocks = split_blocks(estimated_costs(model, chain=chain, spec=spec, seq_len=seq_len), stages=len(owners))
+        costs = costs or estimated_costs(model, chain=chain, spec=spec, seq_len=seq_len)
+        blocks = split_blocks(costs, stages=len(owners))
     mine = [index for index, owner in enumerate(owners) if owner == rank]
     modules = [model, *(copy.deepcopy(model) for _ in mine[1:])]
     stages = tuple(

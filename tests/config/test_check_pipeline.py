@@ -31,7 +31,8 @@ def test_too_few_microbatches() -> None:
         "train.accumulation=3: 1f1b over layout.pp=4 needs at least 4 micro-batches a step; nearest: 4, or "
         "layout.pp_schedule=gpipe"
     ]
-    assert problems("dualpipev", microbatches=7)[0].endswith("needs at least 8 micro-batches a step; nearest: 8, or layout.pp_schedule=gpipe")
+    (line,) = problems("dualpipev", microbatches=7)
+    assert line.endswith("needs at least 8 micro-batches a step; nearest: 8, or layout.pp_schedule=gpipe")
 
 
 def test_rounds_that_do_not_divide() -> None:

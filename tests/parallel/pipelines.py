@@ -18,6 +18,7 @@ from distllm.config.schedule_csv import owners_of, read_order
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
 from distllm.models.build import initial_tensors, meta_model
+from distllm.models.hf import spec_from_config
 from distllm.models.spec import ModelSpec
 from distllm.parallel.data import apply_fsdp
 from distllm.parallel.mesh import AXES, build_mesh
@@ -49,6 +50,7 @@ class Case:
     packed: bool = False
     split: Sequence[int] | None = None
     csv: str | None = None
+    virtual: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,6 +59,8 @@ class Case:
     def spec(self) -> ModelSpec:
         if self.family == "toy":
             return toy_spec()
+        if self.family == "bert":
+            return _bert(self.blocks)
         spec = spec_of(self.family, num_hidden_layers=self.blocks, **(NO_DROPOUT if self.family == "gpt2" else {}))
         if self.family == "mixtral":  # torch's grouped product has no fp64 on CPUs
             spec.hf_config._experts_implementation = "eager"
@@ -73,6 +77,14 @@ class Case:
             _batch(torch.randint(0, size, (2, rows, length), generator=generator), masked=i % length, packed=self.packed)
             for i in range(self.microbatches * self.replicate * self.shard)
         ]
+
+
+def _bert(blocks: int) -> ModelSpec:
+    from transformers import BertConfig
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": VOCABULARY}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return spec_from_config(BertConfig(num_hidden_layers=blocks, **sizes, **no_dropout), task="masked_lm")
 
 
 def _batch(ids: torch.Tensor, *, masked: int, packed: bool) -> Batch:
@@ -131,7 +143,7 @@ def piped(world: World, case: Case, schedule: str, *, reshard: bool = True) -> t
     if case.csv is not None:
         owners = owners_of(read_order(Path(case.csv), pp=case.pp, microbatches=case.microbatches))
     else:
-        owners = stage_owners(schedule, pp=case.pp, virtual=virtual_of(schedule))
+        owners = stage_owners(schedule, pp=case.pp, virtual=case.virtual or virtual_of(schedule))
     cut = apply_pp(
         meta_model(spec).to(case.dtype), rank=mesh.coordinates()["pp"], owners=owners, spec=spec, seq_len=8, split=case.split
     )

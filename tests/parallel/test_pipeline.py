@@ -21,7 +21,7 @@ from distllm.parallel.pipeline import PipelinedModel
 from tests.parallel.pipelines import EVERY, Case, gradients, one_process, piped, step_of, terms, worst
 from tests.ranks import on_ranks
 
-FAMILIES = ("llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "gemma2")
+FAMILIES = ("llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "gemma2", "bert")
 
 
 def check(case: Case, schedules: tuple[str, ...], folder: Path, *, tolerance: float) -> None:
@@ -87,6 +87,12 @@ def test_four_ranks(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_fp32(family: str, tmp_path: Path) -> None:
     check(Case(family, double=False), ("1f1b", "zbv"), tmp_path, tolerance=2e-6)
+
+
+def test_one_and_three_stages_a_rank(tmp_path: Path) -> None:
+    looped = ("interleaved_1f1b", "interleaved_zero_bubble")
+    check(Case("gpt2", virtual=1), looped, tmp_path / "one", tolerance=1e-12)
+    check(Case("gpt2", blocks=6, virtual=3), looped, tmp_path / "three", tolerance=1e-12)
 
 
 def test_a_split_of_the_users_own(tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import pytest
+import torch
 
 from distllm.config.errors import ConfigError
 from distllm.models.build import meta_model
 from distllm.parallel.cut import find_chain
+from distllm.parallel.measure import measured_costs
 from distllm.parallel.split import Costs, estimated_costs, given_split, split_blocks
+from distllm.parallel.stages import apply_pp
 from tests.models.families import spec_of
 
 
@@ -80,3 +83,23 @@ def test_a_split_of_the_users_own_is_taken() -> None:
 def test_more_stages_than_blocks_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"layout\.pp: 4 stages need a block each, and the model has 3; nearest: 3 stages"):
         split_blocks(Costs((1.0,) * 3), stages=4)
+
+
+def test_measured_costs_are_those_of_the_clock() -> None:
+    """The middle block takes 2 s, the first with the embedding 3 s, the last with norm and head 7 s, by the clock."""
+    spec = spec_of("llama", num_hidden_layers=5)
+    model = meta_model(spec)
+    took, now = iter([2.0, 9.0, 9.0, 3.0, 9.0, 9.0, 9.0, 7.0, 9.0]), [0.0]
+    ticks = iter(range(100))
+
+    def clock() -> float:
+        now[0] += next(took) if next(ticks) % 2 else 0.0
+        return now[0]
+
+    chain = find_chain(model, spec=spec)
+    costs = measured_costs(model, chain=chain, rows=2, length=4, device=torch.device("cpu"), clock=clock)
+    assert costs == Costs((2.0,) * 5, front=1.0, back=5.0)
+    assert sizes(costs, 2) == [3, 2] and next(took, None) is None
+    assert all(p.is_meta for p in model.parameters()) and not hasattr(model.forward, "_slot")
+    cut = apply_pp(model, rank=0, owners=(0, 1), spec=spec, seq_len=4, costs=Costs((1.0,) * 5, back=9.0))
+    assert cut.blocks == (range(0, 4), range(4, 5))
