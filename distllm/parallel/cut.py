@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -162,18 +163,22 @@ class _StageForward:
             slot.received = slot.sent = None
 
 
-def find_chain(model: nn.Module, *, spec: ModelSpec) -> Chain:
+def find_chain(model: nn.Module, *, spec: ModelSpec, pp: int) -> Chain:
     """Find out whether and where a model can be cut, by running it with stand-ins for everything that has parameters.
 
     Args:
         model: the whole module on meta; it stays as it is.
         spec: names its blocks.
+        pp: pipeline ranks, for what is told.
 
     Raises:
         ConfigError: it is no chain of blocks, in one line that says why.
     """
+    refused = f"layout.pp={pp}: {spec.name} cannot be cut into stages: {{}}; nearest: 1"
+    if spec.task == "multi_task":
+        raise ConfigError([refused.format("its micro-batches go to different heads")])
     if len(spec.blocks) != 1:
-        raise _refusal(spec, f"has {len(spec.blocks)} stacks of blocks, and a pipeline needs one chain")
+        raise ConfigError([refused.format(f"it has {len(spec.blocks)} stacks of blocks, and a pipeline is one chain")])
     if getattr(spec.hf_config, "output_router_logits", False):
         raise ConfigError(
             ["model.sizes.output_router_logits=true: this load-balancing loss needs all blocks on one rank, and layout.pp "
@@ -187,15 +192,11 @@ def find_chain(model: nn.Module, *, spec: ModelSpec) -> Chain:
             problems.append(str(error))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             problems.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    raise _refusal(spec, problems[0])
+    raise ConfigError([refused.format(problems[0])])
 
 
 class _NotAChain(Exception):
     """Why a traced model is not a chain of blocks."""
-
-
-def _refusal(spec: ModelSpec, why: str) -> ConfigError:
-    return ConfigError([f"layout.pp: {spec.name} cannot be cut into stages: {why}; nearest: 1"])
 
 
 def _role(module: nn.Module) -> str:
@@ -223,8 +224,7 @@ def _traced(model: nn.Module, spec: ModelSpec, parts: int) -> Chain:
         buffer.zero_()
     model.eval()
     with torch.device("cpu"):
-        outputs = model(input_ids=torch.zeros(1, trace.length, dtype=torch.int64))
-    del outputs
+        model(**trace.inputs(model))
     return trace.chain(paths, owners, tied_by, first_names)
 
 
@@ -253,6 +253,13 @@ class _Trace:
         self.calls: list[str] = []
         self.hidden: torch.Tensor | None = None
         self.width = 0
+
+    def inputs(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """A few tokens, and what else the model insists on."""
+        tokens = torch.zeros(1, self.length, dtype=torch.int64)
+        known = {"attention_mask": tokens + 1, "position_ids": torch.arange(self.length)[None], "token_type_ids": tokens}
+        needed = [name for name, p in inspect.signature(model.forward).parameters.items() if p.default is p.empty]
+        return {"input_ids": tokens} | {name: value for name, value in known.items() if name in needed}
 
     def stand_in(self, module: nn.Module, path: str, *, is_block: bool) -> nn.Module:
         # A tensor that depends on a parameter is told by requires_grad.

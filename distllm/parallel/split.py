@@ -49,16 +49,10 @@ def split_blocks(costs: Costs, *, stages: int) -> tuple[range, ...]:
 
     Args:
         costs: of the parts; measured, estimated, or all blocks 1 for an even split.
-        stages: how many.
-
-    Raises:
-        ConfigError: fewer blocks than stages.
+        stages: how many; at most as many as blocks.
     """
     count = len(costs.blocks)
-    if stages > count:
-        raise ConfigError(
-            [f"layout.pp: {stages} stages need a block each, and the model has {count}; nearest: {count} stages"]
-        )
+    assert stages <= count, f"{stages} stages of {count} blocks"
     sums = list(accumulate(costs.blocks, initial=0.0))
 
     def stage_cost(begin: int, end: int) -> float:

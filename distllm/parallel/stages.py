@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from distllm.config.errors import ConfigError
 from distllm.models.spec import ModelSpec
 from distllm.parallel.cut import Chain, Foreign, Slot, Stage, apply_cut, find_chain
 from distllm.parallel.split import Costs, estimated_costs, given_split, split_blocks
@@ -58,20 +59,25 @@ def apply_pp(
     Raises:
         ConfigError: a model that cannot be cut, or a split that does not fit it; the same on every rank.
     """
-    chain = find_chain(model, spec=spec)
+    pp = max(owners) + 1
+    chain = find_chain(model, spec=spec, pp=pp)
+    stages, most = len(owners), len(chain.blocks)
+    if stages > most:
+        rule = f"{stages} stages need a block each, and {spec.name} has {most}"
+        raise ConfigError([f"layout.pp={pp}: {rule}; nearest: {max(1, most // (stages // pp))}"])
     if split is not None:
-        blocks = given_split(split, stages=len(owners), blocks=len(chain.blocks))
+        blocks = given_split(split, stages=stages, blocks=most)
     else:
         costs = costs or estimated_costs(model, chain=chain, spec=spec, seq_len=seq_len)
-        blocks = split_blocks(costs, stages=len(owners))
+        blocks = split_blocks(costs, stages=stages)
     mine = [index for index, owner in enumerate(owners) if owner == rank]
     modules = [model, *(copy.deepcopy(model) for _ in mine[1:])]
-    stages = tuple(
+    cut = tuple(
         apply_cut(module, chain=chain, blocks=blocks[index], index=index, slot=Slot())
         for module, index in zip(modules, mine, strict=True)
     )
-    whole = model if len(stages) == 1 else StageModules([stage.module for stage in stages])
-    return Cut(stages, whole, chain, tuple(owners), blocks)
+    whole = model if len(cut) == 1 else StageModules([stage.module for stage in cut])
+    return Cut(cut, whole, chain, tuple(owners), blocks)
 
 
 def own_blocks(module: nn.Module, *, spec: ModelSpec) -> list[nn.Module]:

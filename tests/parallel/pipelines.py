@@ -51,6 +51,7 @@ class Case:
     split: Sequence[int] | None = None
     csv: str | None = None
     virtual: int | None = None
+    low: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,8 +103,9 @@ def _batch(ids: torch.Tensor, *, masked: int, packed: bool) -> Batch:
 
 
 def terms(outputs: Any, batch: Batch) -> LossTerms:
-    """As `causal_lm`, in the dtype of the logits."""
+    """As `causal_lm`, but fp64 stays fp64."""
     logits, labels = getattr(outputs, "logits", outputs).flatten(0, 1), batch.targets["labels"].flatten()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return LossTerms(total, (labels != IGNORE).sum(), {"correct": (logits.argmax(-1) == labels).sum()})
 
@@ -147,14 +149,14 @@ def piped(world: World, case: Case, schedule: str, *, reshard: bool = True) -> t
     cut = apply_pp(
         meta_model(spec).to(case.dtype), rank=mesh.coordinates()["pp"], owners=owners, spec=spec, seq_len=8, split=case.split
     )
-    tensors = case.tensors()
+    tensors, computed = case.tensors(), torch.bfloat16 if case.low else case.dtype
     for stage in cut.stages:
         blocks = own_blocks(stage.module, spec=spec)
-        apply_fsdp(stage.module, mesh, blocks=blocks, compute_dtype=case.dtype, reshard_after_forward=reshard)
+        apply_fsdp(stage.module, mesh, blocks=blocks, compute_dtype=computed, reshard_after_forward=reshard)
         held = {name for name, _ in [*stage.module.named_parameters(), *stage.module.named_buffers()]}
         fill(stage.module, ((n, t) for n, t in tensors.items() if n in held), device=world.device)
         stage.module.train()
-    facts = Facts(schedule, cut.owners, cut.chain.width, case.dtype, csv=case.csv, tied=cut.chain.tied)
+    facts = Facts(schedule, cut.owners, cut.chain.width, computed, csv=case.csv, tied=cut.chain.tied)
     group = mesh.group("pp")
     assert group is not None
     pipeline = Pipeline(cut.stages, facts=facts, group=group, device=world.device)

@@ -21,7 +21,7 @@ SIZE = 8
 
 
 def chain_of(spec: ModelSpec):  # type: ignore[no-untyped-def]
-    return find_chain(meta_model(spec), spec=spec)
+    return find_chain(meta_model(spec), spec=spec, pp=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,7 +126,7 @@ class Given(Toy):
 def test_what_is_no_chain_is_refused_by_name(build: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(ConfigError) as error:
         chain_of(replace(toy_spec(), build=build))
-    assert str(error.value) == f"layout.pp: toy cannot be cut into stages: {why}; nearest: 1"
+    assert str(error.value) == f"layout.pp=2: toy cannot be cut into stages: {why}; nearest: 1"
 
 
 def test_an_encoder_decoder_is_refused() -> None:
@@ -136,8 +136,22 @@ def test_an_encoder_decoder_is_refused() -> None:
 
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
     spec = spec_from_config(T5Config(**sizes, decoder_start_token_id=0), task="seq2seq")
-    with pytest.raises(ConfigError, match=r"t5 cannot be cut into stages: has 2 stacks of blocks, .*; nearest: 1"):
+    with pytest.raises(ConfigError, match=r"^layout.pp=2: t5 cannot be cut into stages: it has 2 stacks of .*; nearest: 1$"):
         chain_of(spec)
+
+
+def test_several_heads_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"toy cannot be cut into stages: its micro-batches go to different heads; nearest: 1"):
+        chain_of(replace(toy_spec(), task="multi_task"))
+
+
+class Masked(Toy):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * attention_mask[:, :, None]
+
+
+def test_a_mask_that_a_module_insists_on_is_given() -> None:
+    assert chain_of(replace(toy_spec(), build=Masked)).blocks == ("layers.0", "layers.1", "layers.2")
 
 
 def test_a_loss_over_the_routers_of_all_blocks_is_refused() -> None:

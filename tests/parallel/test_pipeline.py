@@ -19,6 +19,7 @@ from distllm.parallel.cut import Foreign
 from distllm.parallel.equal_shapes import equal_shapes
 from distllm.parallel.pipeline import PipelinedModel
 from tests.parallel.pipelines import EVERY, Case, gradients, one_process, piped, step_of, terms, worst
+from tests.parallel.test_parallelize import Recorder
 from tests.ranks import on_ranks
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "gemma2", "bert")
@@ -213,6 +214,26 @@ def test_a_boundary_costs_one_message_each_way_a_microbatch(schedule: str, bound
     assert [len(others) for _, others in answers] == [1, 1]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_fsdp_scatters_gradients_once_a_step(schedule: str, tmp_path: Path) -> None:
+    """A rank's 2 blocks, and what is outside of blocks on an end of the pipeline, however many micro-batches there are."""
+    case = Case("llama", shard=2, split=[2, 2] if schedule == "1f1b" else [1, 1, 1, 1])
+
+    def rank(world: World) -> tuple[int, int, int]:
+        pipeline, cut, batches = piped(world, case, schedule, reshard=False)
+        pipeline.train(batches, terms)
+        cut.model.zero_grad()
+        with Recorder() as recorder:
+            pipeline.train(batches, terms)
+        ends = sum(stage.index in (0, len(cut.owners) - 1) for stage in cut.stages)
+        return recorder.calls["reduce_scatter"], recorder.calls["all_gather"], ends
+
+    answers = on_ranks(rank, 4, tmp_path)
+    assert [ends for *_, ends in answers] == ([1, 1, 1, 1] if schedule == "1f1b" else [2, 2, 0, 0])
+    for scattered, gathered, ends in answers:
+        assert scattered == gathered == 2 + ends
+
+
 def test_microbatches_of_different_shapes_are_padded_without_weight(tmp_path: Path) -> None:
     case = Case("llama", microbatches=2)
     batches = [*case.batches(), *case.batches(rows=1, length=5)]
@@ -285,6 +306,22 @@ def test_autocast_stands_around_forward_passes_alone(tmp_path: Path) -> None:
         return gradients(cut.model)
 
     assert worst(on_ranks(rank, 2, tmp_path), wanted)[0] == 0.0
+
+
+def test_bf16_of_fsdp_travels_between_stages(tmp_path: Path) -> None:
+    """Parameters gathered in bf16, gradients reduced in fp32: within the format's precision of one process in fp32."""
+    case = Case("llama", double=False, shard=2, low=True)
+    model = one_process(case)
+    total = step_of(model, case.batches())
+    wanted = gradients(model)
+
+    def rank(world: World) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        pipeline, cut, batches = piped(world, case, "zbv")
+        return pipeline.train(batches, terms).numpy(), gradients(cut.model)
+
+    answers = on_ranks(rank, 4, tmp_path)
+    np.testing.assert_allclose(sum(loss for loss, _ in answers) / 2, total, rtol=1e-3)
+    assert worst([grads for _, grads in answers], wanted)[0] < 3e-2
 
 
 def test_frozen_blocks_get_no_gradient(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_costs_are_those_of_the_matrices() -> None:
     """LLaMA of width 32: attention 32·(32+16+16)+32·32, MLP 3·32·64, and 2·S·D for what tokens look up in each other."""
     spec = spec_of("llama")
     model = meta_model(spec)
-    costs = estimated_costs(model, chain=find_chain(model, spec=spec), spec=spec, seq_len=16)
+    costs = estimated_costs(model, chain=find_chain(model, spec=spec, pp=2), spec=spec, seq_len=16)
     assert costs.blocks == (32 * 64 + 32 * 32 + 3 * 32 * 64 + 2 * 16 * 32,) * 2
     assert (costs.front, costs.back) == (0.0, 32 * 300)
 
@@ -58,7 +58,7 @@ def test_costs_are_those_of_the_matrices() -> None:
 def test_only_the_experts_that_a_token_sees_cost() -> None:
     spec = spec_of("mixtral")  # 2 of 4 experts
     model = meta_model(spec)
-    costs = estimated_costs(model, chain=find_chain(model, spec=spec), spec=spec, seq_len=16)
+    costs = estimated_costs(model, chain=find_chain(model, spec=spec, pp=2), spec=spec, seq_len=16)
     assert costs.blocks[0] == 32 * 64 + 32 * 32 + 4 * 32 + 2 * 3 * 32 * 64 + 2 * 16 * 32
 
 
@@ -81,8 +81,10 @@ def test_a_split_of_the_users_own_is_taken() -> None:
 
 
 def test_more_stages_than_blocks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"layout\.pp: 4 stages need a block each, and the model has 3; nearest: 3 stages"):
-        split_blocks(Costs((1.0,) * 3), stages=4)
+    spec = spec_of("llama", num_hidden_layers=6)
+    with pytest.raises(ConfigError) as error:
+        apply_pp(meta_model(spec), rank=0, owners=(0, 1, 2, 3, 3, 2, 1, 0), spec=spec, seq_len=4)
+    assert str(error.value) == "layout.pp=4: 8 stages need a block each, and llama has 6; nearest: 3"
 
 
 def test_measured_costs_are_those_of_the_clock() -> None:
@@ -96,7 +98,7 @@ def test_measured_costs_are_those_of_the_clock() -> None:
         now[0] += next(took) if next(ticks) % 2 else 0.0
         return now[0]
 
-    chain = find_chain(model, spec=spec)
+    chain = find_chain(model, spec=spec, pp=2)
     costs = measured_costs(model, chain=chain, rows=2, length=4, device=torch.device("cpu"), clock=clock)
     assert costs == Costs((2.0,) * 5, front=1.0, back=5.0)
     assert sizes(costs, 2) == [3, 2] and next(took, None) is None
