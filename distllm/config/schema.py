@@ -270,14 +270,6 @@ class LayoutConfig(Section):
 
     pp: Positive = 1
     """Pipeline-parallel stages: ranks that hold consecutive blocks. The micro-batches of a step (train.accumulation) flow through them."""
-    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev", "csv"] = "1f1b"
-    """In which order a pipeline's ranks compute. interleaved_zero_bubble, zbv and dualpipev compute the gradients of inputs and of weights apart, and keep FSDP's parameters gathered; csv: as `pp_csv` says."""
-    pp_virtual: Positive | Literal["auto"] = "auto"
-    """Stages of one pipeline rank. auto: 1 for gpipe and 1f1b, else 2."""
-    pp_split: list[Positive] | None = None
-    """Blocks of each stage, in the order of the forward pass; null: so that the dearest stage is as cheap as can be."""
-    pp_csv: str | None = None
-    """For csv: a file with a line for each rank, a cell for each slot: 0F3 is the forward pass of micro-batch 3 on stage 0; B backward, or I and W, its halves for inputs and for weights."""
     dp_replicate: Positive | Literal["auto"] = 1
     """Data-parallel replicas with whole gradients all-reduced (DDP; with dp_shard > 1: HSDP)."""
     dp_shard: Positive | Literal["auto"] = "auto"
@@ -297,7 +289,7 @@ class LayoutConfig(Section):
     cp_method: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
     """With cp: ring (keys and values travel round; arXiv 2310.01889), all_gather (of keys and values), ulysses (all-to-all over heads; arXiv 2309.14509). auto: ulysses where the heads divide, else ring."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev", "csv"] = "1f1b"
-    """With pp: the order of forward and backward passes."""
+    """With pp: the order of forward and backward passes. interleaved_zero_bubble, zbv and dualpipev compute the gradients of inputs and of weights apart, and keep FSDP's parameters gathered."""
     pp_virtual: Positive | Literal["auto"] = "auto"
     """With pp: stages of one rank. auto: 2 for schedules with several, else 1."""
     pp_split: list[Positive] = []
