@@ -343,8 +343,7 @@ def test_real_ranks_tell_an_error_once(mode: str, code: int, err: str, here: Pat
     assert (done.returncode, done.stderr) == (code, err)
 
 
-def test_explain_draws_the_pipeline(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distllm.config.check.NOT_BUILT", ())
+def test_explain_draws_the_pipeline(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = "explain run.yaml layout.pp=4 train.accumulation=8 --timeline step.png"
     assert cli.run(shlex.split(argv)) == 0
     assert "1f1b over 4 ranks, 8 micro-batches: 36 of 132 slots idle, 27.3 %\n" in capsys.readouterr().out

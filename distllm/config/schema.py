@@ -270,14 +270,6 @@ class LayoutConfig(Section):
 
     pp: Positive = 1
     """Pipeline-parallel ranks, over which blocks are spread."""
-    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev", "csv"] = "1f1b"
-    """In which order a pipeline's ranks compute. interleaved_zero_bubble, zbv and dualpipev compute the gradients of inputs and of weights apart, and keep FSDP's parameters gathered; csv: as `pp_csv` says."""
-    pp_virtual: Positive | Literal["auto"] = "auto"
-    """Stages of one pipeline rank. auto: 1 for gpipe and 1f1b, else 2."""
-    pp_split: list[Positive] | None = None
-    """Blocks of each stage, in the order of the forward pass; null: so that the dearest stage is as cheap as can be."""
-    pp_csv: str | None = None
-    """For csv: a file with a line for each rank, a cell for each slot: 0F3 is the forward pass of micro-batch 3 on stage 0; B backward, or I and W, its halves for inputs and for weights."""
     dp_replicate: Positive | Literal["auto"] = 1
     """Data-parallel replicas with whole gradients all-reduced (DDP; with dp_shard > 1: HSDP)."""
     dp_shard: Positive | Literal["auto"] = "auto"
@@ -296,6 +288,14 @@ class LayoutConfig(Section):
     """With tp: leave the logits cut along the vocabulary and compute the loss on the parts."""
     cp_method: Literal["ring", "all_gather", "ulysses"] = "ring"
     """With cp: ring (keys and values travel round; arXiv 2310.01889), all_gather (of keys and values), ulysses (all-to-all over heads; arXiv 2309.14509)."""
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev", "csv"] = "1f1b"
+    """With pp: the order of forward and backward passes. interleaved_zero_bubble, zbv and dualpipev compute the gradients of inputs and of weights apart, and keep FSDP's parameters gathered."""
+    pp_virtual: Positive | Literal["auto"] = "auto"
+    """With pp: stages of one rank. auto: 1 for gpipe and 1f1b, else 2."""
+    pp_split: list[Positive] = []
+    """With pp: how many blocks each stage has, in the order of the forward pass; empty: so that the dearest stage is as cheap as can be."""
+    pp_csv: str | None = None
+    """With pp_schedule csv: a file with a line for each rank, a cell for each slot: 0F3 is the forward pass of micro-batch 3 on stage 0; B backward, or I and W, its halves for inputs and for weights."""
 
 
 class MoeConfig(Section):

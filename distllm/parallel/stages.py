@@ -42,7 +42,7 @@ def apply_pp(
     owners: Sequence[int],
     spec: ModelSpec,
     seq_len: int,
-    split: Sequence[int] | None = None,
+    split: Sequence[int] = (),
     costs: Costs | None = None,
 ) -> Cut:
     """Cut this rank's stages from the whole module.
@@ -53,7 +53,7 @@ def apply_pp(
         owners: for each stage the pp rank that holds it (`stage_owners`).
         spec: names the blocks.
         seq_len: S, which decides what attention costs beside the head.
-        split: blocks per stage, in the order of the forward pass; None: balanced by cost.
+        split: blocks per stage, in the order of the forward pass; empty: balanced by cost.
         costs: measured ones, the same on every rank; None: estimated ones.
 
     Raises:
@@ -65,7 +65,7 @@ def apply_pp(
     if stages > most:
         rule = f"{stages} stages need a block each, and {spec.name} has {most}"
         raise ConfigError([f"layout.pp={pp}: {rule}; nearest: {max(1, most // (stages // pp))}"])
-    if split is not None:
+    if split:
         blocks = given_split(split, stages=stages, blocks=most)
     else:
         costs = costs or estimated_costs(model, chain=chain, spec=spec, seq_len=seq_len)

@@ -48,7 +48,7 @@ class Case:
     replicate: int = 1
     shard: int = 1
     packed: bool = False
-    split: Sequence[int] | None = None
+    split: Sequence[int] = ()
     csv: str | None = None
     virtual: int | None = None
     low: bool = False
