@@ -283,7 +283,7 @@ class LayoutConfig(Section):
     reshard_after_forward: bool = True
     """Free the gathered parameters of a block after its forward pass and gather them again for its backward pass."""
     sequence_parallel: bool = True
-    """With tp: keep what lies between the matrices (norms, residuals) cut along the sequence, where the model allows it (Korthikanti et al. 2022, arXiv 2205.05198)."""
+    """With tp: keep what lies between the matrices (norms, residuals) cut along the sequence, where the model allows it and no `moe` loss wants whole samples (Korthikanti et al. 2022, arXiv 2205.05198)."""
     loss_parallel: bool = True
     """With tp: leave the logits cut along the vocabulary and compute the loss on the parts."""
     cp_method: Literal["ring", "all_gather", "ulysses"] = "ring"

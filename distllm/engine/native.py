@@ -24,7 +24,7 @@ from distllm.engine.ema import MovingAverage
 from distllm.engine.local import LocalParameters, local_part
 from distllm.engine.noise import noise_estimates, small_batches
 from distllm.engine.scaler import LossScale
-from distllm.engine.stages import owners_in_order, send_to_first
+from distllm.engine.stages import owners_in_order, quiet_redistribution, send_to_first
 from distllm.engine.verdict import Verdict
 from distllm.parallel.balance import RouterWatch
 from distllm.parallel.context import plain_attention
@@ -361,7 +361,9 @@ class NativeEngine:
     def _whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A whole tensor in the model's own order; a collective call of the ranks that share it."""
         whole = tensor.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        if isinstance(whole, DTensor):
+            with quiet_redistribution():
+                whole = whole.full_tensor()
         packing = self.parallel.packings.get(name)
         return whole if packing is None else packing.unpacked(whole)
 

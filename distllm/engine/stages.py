@@ -1,8 +1,10 @@
-"""Whole tensors of pipeline stages, brought to the first rank."""
+"""Whole tensors, gathered from shards and brought from pipeline stages to the first rank."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,18 @@ def owners_in_order(names: Iterable[str], group: dist.ProcessGroup | None) -> It
     """The names of all stages in the order of the pp axis, each with the place of the rank that has it; a collective call."""
     for owner, theirs in enumerate(gather_over(list(names), group)):
         yield from ((name, owner) for name in theirs)
+
+
+@contextmanager
+def quiet_redistribution() -> Iterator[None]:
+    """Without torch's remark that a tensor cut twice on one dim is gathered in two steps: whole tensors are rare here."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def send_to_first(

@@ -116,7 +116,8 @@ def parallelize(
     if layout.compute_dtype == torch.float64:
         model = _in_fp64(model)
     refuse_misfits(model, spec=spec, sizes=mesh.sizes, moe=layout.moe)
-    sequence = layout.axes.sequence_parallel and can_cut_sequence(model, spec=spec)
+    balanced = bool(layout.moe.balance or layout.moe.z_loss)  # of whole samples, which a router then must see
+    sequence = layout.axes.sequence_parallel and not balanced and can_cut_sequence(model, spec=spec)
     cut = _cut_stages(model, mesh, spec=spec, layout=layout)
     parts = (model,) if cut is None else tuple(stage.module for stage in cut.stages)
     watches = []
