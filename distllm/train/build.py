@@ -375,7 +375,7 @@ def _peak(config: Config, world: World) -> float | None:
 
 def _announce(run: Run, found: Found | None) -> None:
     """Say in a few lines what is about to run."""
-    parameters = sum(p.numel() for p in run.engine.parallel.parts[0].parameters())
+    parameters = sum(p.numel() for p in meta_model(run.spec).parameters())
     r = run.resolved
     axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.sizes.items() if size > 1) or "one process"
     run.log.info(
