@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,18 @@ from distllm.models.build import meta_model, resolve_spec
 from distllm.train.tasks import outputs_of
 from distllm.train.tune import apply_tune
 from distllm.verify import fake, guards, planted
+from distllm.verify.asked import Options
+from distllm.verify.collectives import Traffic
 from distllm.verify.data import Data, open_data
 from distllm.verify.formulas import Step, expected_traffic
 from distllm.verify.judge import judge
-from distllm.verify.layouts import MOST_REAL, Layout, layout_of, products, refusals
+from distllm.verify.layouts import Layout, layout_of, products, refusals
 from distllm.verify.ranks import Broken, on_ranks
 from distllm.verify.record import draw, write_record
 from distllm.verify.rows import Row
 from distllm.verify.shrink import EXPERTS, check_own_module, degrees_of, folded, shrink, uneven
 from distllm.verify.table import Watch, certificate, say
 from distllm.verify.trial import Case, Planted, RankReport, Trace, make_case, run_rank, trace
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for."""
-
-    ranks: Sequence[int] = (1, 2, 4, 8)
-    layouts: Sequence[Layout] = ()
-    """In place of every product over `ranks`."""
-    precisions: Sequence[str] = ("fp64",)
-    steps: int = 3
-    faults: bool = False
-    device: str = "cpu"
-    real: int = MOST_REAL
-    """Ranks that run together on this machine; larger layouts run a few ranks in a fake world."""
-    timeout_s: float = 300.0
 
 
 class Verification:
@@ -68,6 +54,7 @@ class Verification:
         if self.known is None:
             check_own_module(config, parameters=parameters)
         self.parameters = parameters
+        self.base = self.case(self.small(layout_of({})))
         self._traces: dict[str, Trace | Broken] = {}
 
     @property
@@ -75,10 +62,15 @@ class Verification:
         return self.known is not None and any(getattr(self.known, name, None) for name in EXPERTS)
 
     def small(self, layout: Layout, *, precision: str = "fp64", seed: int | None = None) -> Config:
-        """The config of a layout: a small model that it divides, and its global batch of two samples a rank."""
+        """The config of a layout: a small model that it divides, and two micro-batches or more of one sample."""
         laid = self.config.model_copy(update={"layout": layout.config()})
+        if laid.model.attention == "flash_attention_2" and self.options.device == "cpu":
+            laid = laid.model_copy(update={"model": laid.model.model_copy(update={"attention": "auto"})})
         small = shrink(laid, self.known, degrees_of(layout.sizes, virtual=virtual_stages(laid)))
-        batch = small.train.model_copy(update={"global_batch": 2 * layout.ranks})
+        sizes = layout.sizes
+        readers = sizes["dp_replicate"] * sizes["dp_shard"] * sizes["ep"]
+        each = max(2, 2 * sizes["pp"], 4 // readers)  # micro-batches of a rank: enough for every schedule
+        batch = small.train.model_copy(update={"global_batch": readers * each})
         numbers = small.precision.model_copy(update={"compute": precision})
         changed = {"train": batch, "precision": numbers, "device": self.options.device, "name": "verify"}
         return small.model_copy(update=changed | ({} if seed is None else {"seed": seed}))
@@ -125,23 +117,14 @@ class Verification:
         )
         if isinstance(reports, Broken):
             return replace(row, refused=reports.problems, broken=reports.reason)
-        model = meta_model(case.spec)
-        apply_tune(model, case.spec, case.config.tune)
-
-        def formula(report: RankReport) -> Any:
-            rows, tokens = report.batch_shape[0], report.batch_shape[1]
-            step = Step(
-                case.config, case.spec, model, row.layout.sizes, report.place, report.accumulation, (rows, tokens)
-            )
-            return expected_traffic(step)
-
+        formula = _formula(case, row.layout)
         expected = [formula(report) for report in reports]
         verdict = judge(case, reports, reference, expected=formula)
         verdict = replace(verdict, problems=(*verdict.problems, *guards.too_little(verdict)))
         return replace(row, verdict=verdict, traffic=[report.traffic for report in reports], expected=expected)
 
     def _fake(self, case: Case, row: Row) -> Row:
-        return fake.look(case, row, timeout_s=self.options.timeout_s)
+        return fake.look(case, row, timeout_s=self.options.timeout_s, formula=_formula(case, row.layout))
 
     def guard(self, row: Row) -> list[str]:
         """What shows that the comparison of a layout that ran proves nothing; and that two seeds differ."""
@@ -151,6 +134,20 @@ class Verification:
         if isinstance(own, Broken) or isinstance(others, Broken):
             return ["one process could not be run with two seeds"]
         return list(guards.dead(own, others))
+
+
+def _formula(case: Case, layout: Layout) -> Callable[[RankReport], Traffic]:
+    """What a rank of a layout should send at its last step."""
+    model = meta_model(case.spec)
+    apply_tune(model, case.spec, case.config.tune)
+
+    def formula(report: RankReport) -> Traffic:
+        batch = (report.batch_shape[0], report.batch_shape[1])
+        return expected_traffic(
+            Step(case.config, case.spec, model, layout.sizes, report.place, report.accumulation, batch)
+        )
+
+    return formula
 
 
 def verify(config: Config, options: Options, *, folder: Path, named: str) -> int:
@@ -211,7 +208,7 @@ def _layouts(verification: Verification) -> Iterator[Layout]:
 
 def _what(verification: Verification) -> str:
     """What the small model is, beside the user's."""
-    case = verification.case(verification.small(layout_of({})))
+    case = verification.base
     small = sum(p.numel() for p in meta_model(case.spec).parameters())
     if small == verification.parameters:
         return f"{case.spec.name} of {small:,} parameters, as it is"

@@ -101,12 +101,12 @@ def _values(part: str) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     known = list(LayoutConfig.model_fields)
     for item in part.split(","):
-        key, equals, text = (piece.strip() for piece in item.partition("="))
-        key = key.removeprefix("layout.")
+        left, equals, text = item.partition("=")
+        key = left.strip().removeprefix("layout.")
         if not equals or key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             return {}, [f"--layouts={shown(item.strip())}: unknown key; nearest: {near[0] if near else 'dp_shard'}=2"]
-        values[key] = yaml12.read(text, where="--layouts")
+        values[key] = yaml12.read(text.strip(), where="--layouts")
     try:
         LayoutConfig.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from distllm.engine.base import LossTerms
 from distllm.engine.native import NativeEngine
 from distllm.parallel import data
 from distllm.parallel.mesh import Mesh
+from distllm.verify.swap import swapped
 from distllm.verify.trial import Arrays, Case
 
 NO_PLACE = "this model has no place for it"
@@ -57,17 +58,6 @@ class Fault:
         """Called between building and the first step."""
         if self.breaks is not None:
             self.breaks(engine, world, starts)
-
-
-@contextmanager
-def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Put `value` in the place of an attribute for as long as this is entered."""
-    saved = owner.__dict__[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, saved)
 
 
 def _objective(change: Callable[[LossTerms, Batch], LossTerms]) -> Callable[[Case, World], Case]:
@@ -120,7 +110,7 @@ def _lost_microbatch(engine: NativeEngine, world: World, starts: Arrays) -> None
         targets = {n: torch.full_like(t, IGNORE) if n == "labels" else t for n, t in last.targets.items()}
         return train([*others, Batch(last.inputs, targets, last.sample_ids)], **options)
 
-    engine.train_step = wrong  # type: ignore[method-assign, assignment]
+    engine.train_step = wrong  # type: ignore[method-assign]
 
 
 # --- gradients and norms -----------------------------------------------------------------------------------------------
@@ -143,6 +133,17 @@ def _never_last(world: World) -> AbstractContextManager[None]:
         true(forward, False, readable=readable or last)
 
     return swapped(native, "set_last_microbatch", wrong)
+
+
+def _replicas_apart(world: World) -> AbstractContextManager[None]:
+    true = dist.all_reduce
+
+    def wrong(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        group = options.get("group")
+        between = group is not None and dist.get_world_size(group) < world.size
+        return None if between and tensor.numel() > 1 else true(tensor, *args, **options)
+
+    return swapped(dist, "all_reduce", wrong)
 
 
 def _averaged_shards(engine: NativeEngine, world: World, starts: Arrays) -> None:
@@ -236,7 +237,8 @@ def _last_block(engine: NativeEngine) -> nn.Module:
     lists = [m for part in engine.parallel.parts for m in part.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise DistllmError(NO_PLACE)
-    return list(max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters())))[-1]
+    largest: nn.ModuleList = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+    return largest[-1]
 
 
 def _rounded(engine: NativeEngine, world: World, starts: Arrays) -> None:
@@ -266,7 +268,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dropped padding weights", "places without a target are counted", FSDP, changes=_objective(_all_places)),
     Fault("missing gradient sync", "the last micro-batch is treated like the others", DDP, patch=_never_last),
     Fault("averaged shards", "gradients of shards are averaged and not added", FSDP, breaks=_averaged_shards),
-    Fault("replicas apart", "shards are not added over the replicas", HSDP, patch=_never_last),
+    Fault("replicas apart", "shards are not added over the replicas", HSDP, patch=_replicas_apart),
     Fault("counted twice", "the norm adds replicated parameters over ranks", DDP, patch=_counted_twice),
     Fault("own norm", "each rank clips by the norm of its own shards", FSDP, patch=_own_norm),
     Fault("untied copy", "a tied weight becomes two", DDP, breaks=_untied),

@@ -32,8 +32,27 @@ class InFp64(TorchFunctionMode):
         if func == torch.Tensor.float:
             func = torch.Tensor.double
         named = {name: _wider(value) for name, value in (kwargs or {}).items()}
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm") and args[0].dtype == torch.float64:
+            return _grouped_product(args[0], args[1], named["offs"])
         return func(*(_wider(value) for value in args), **named)
 
 
 def _wider(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
+
+
+def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """torch's grouped product, which has no fp64.
+
+    Args:
+        rows: [N, D], sorted by expert.
+        weights: [E, D, H].
+        ends: [E], where the rows of each expert end.
+
+    Returns:
+        [N, H].
+    """
+    stops = [int(end) for end in ends]
+    starts = [0, *stops[:-1]]
+    parts = [rows[a:b] @ weights[e] for e, (a, b) in enumerate(zip(starts, stops, strict=True))]
+    return torch.cat([*parts, rows[stops[-1] :].new_zeros(len(rows) - stops[-1], weights.shape[-1])])

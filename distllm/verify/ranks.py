@@ -83,9 +83,8 @@ def _together(
         receivers: dict[Connection, int] = {}
         for number in numbers:
             receiver, sender = context.Pipe(duplex=False)
-            rank = context.Process(
-                target=_rank, args=(function, number, size, store, sender, done, timeout_s, device, fake, os.getpid()), daemon=True
-            )
+            facts = (function, number, size, store, sender, done, timeout_s, device, fake, os.getpid())
+            rank = context.Process(target=_rank, args=facts, daemon=True)
             with warnings.catch_warnings():  # newer Pythons warn of forking beside threads; ours hold no lock of the child's
                 warnings.simplefilter("ignore", DeprecationWarning)
                 rank.start()

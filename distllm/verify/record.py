@@ -46,13 +46,16 @@ def write_record(
         "distllm": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "numpy": numpy.__version__,
     }  # fmt: skip
+    hardware = {
+        "machine": platform.machine(), "cores": cores(), "memory_bytes": _memory(), "gpus": torch.cuda.device_count(),
+    }  # fmt: skip
     record = {
         "holds": holds,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": config.name,
         "config_digest": digest(config),
         "versions": versions,
-        "hardware": {"machine": platform.machine(), "cores": cores(), "memory_bytes": _memory(), "gpus": torch.cuda.device_count()},
+        "hardware": hardware,
         "bounds": {name: vars(bounds) for name, bounds in BOUNDS.items() if any(row.precision == name for row in rows)},
         "guards": list(guards),
         "layouts": [row.as_json() for row in rows],

@@ -6,6 +6,7 @@ keys, how many experts see a token, biases, activations, the vocabulary. What go
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
@@ -96,7 +97,7 @@ def _small(model: ModelConfig, known: Any, degrees: Degrees) -> ModelConfig:
     """`model.type` with small sizes; a model that comes from a folder gives its own values first."""
     if model.trust_remote_code:
         raise ConfigError(
-            [f"model.path={model.path}: verify cannot shrink a model whose code comes with it; nearest: model.type of a known family"]
+            [f"model.path={model.path}: verify cannot shrink a model whose code comes with it; nearest: a model.type of transformers"]
         )
     values = dict(known.to_dict())
     aliases = dict(type(known).attribute_map)
@@ -140,8 +141,17 @@ def small_sizes(values: Mapping[str, Any], known: Any, degrees: Degrees) -> dict
             if values.get(name):
                 small[name] = min(int(values[name]), 2)
     small |= {n: 0.0 for n, v in values.items() if "drop" in n and isinstance(v, float) and v}
-    own = set(type(known)().to_dict()) | set(type(known).attribute_map)
-    return {name: value for name, value in small.items() if name in own}
+    return {own: value for name, value in small.items() if (own := _own_name(name, type(known))) is not None}
+
+
+def _own_name(name: str, cls: Any) -> str | None:
+    """What a config class calls a size; None where it does not take it."""
+    if dataclasses.is_dataclass(cls):
+        takes = {f.name for f in dataclasses.fields(cls)}
+    else:
+        takes = set(inspect.signature(cls.__init__).parameters)
+    aliases = [alias for alias, target in cls.attribute_map.items() if target == name]
+    return name if name in takes else aliases[0] if aliases else None
 
 
 def _heads(values: Mapping[str, Any], known: Any, unit: int) -> tuple[int, int]:
@@ -170,8 +180,8 @@ def check_own_module(config: Config, *, parameters: int) -> None:
     name = next((n for n in takes if any(word in n for word in ("layer", "block", "depth", "hidden", "width", "dim"))), "NAME")
     raise ConfigError(
         [
-            f"model.spec={config.model.spec}: {parameters:,} parameters, and verify cannot shrink a module of your own beyond what "
-            f"its arguments allow; nearest: model.spec_args.{name}=SMALLER, so that it has at most {SMALL:,}"
+            f"model.spec={config.model.spec}: {parameters:,} parameters, and verify takes a module of your own as it is, with at most "
+            f"{SMALL:,}; nearest: a smaller model.spec_args.{name}=... on this command line"
         ]
     )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from distllm.verify.judge import BOUNDS
+from distllm.verify.judge import BOUNDS, QUANTITIES
 from distllm.verify.rows import Row
 
 SHOWN = ("loss", "gradient", "norm", "clip", "weight")
@@ -73,10 +73,7 @@ def _cells(row: Row, *, plain: bool) -> list[str]:
         return [*head, text] if plain else [*head, *[""] * (len(SHOWN) + 1), _coloured(text, "yellow" if row.refused else "red")]
     own, wanted = row.sent()
     sent = f"{_short(own)} / {_short(wanted)}"
-    if row.fake:
-        errors = ["-"] * len(SHOWN)
-    else:
-        errors = [_error(row.verdict.errors[name]) for name in SHOWN]
+    errors = ["-" if row.fake else _error(row.verdict.errors[name]) for name in SHOWN]
     good = "shapes and traffic equal" if row.fake else "equal"
     text = good if row.equal else f"different: {row.verdict.problems[0]}"
     if plain:
@@ -100,7 +97,13 @@ def _short(value: float) -> str:
 
 
 def certificate(
-    rows: Sequence[Row], *, guards: Sequence[str], faults: Sequence[Mapping[str, Any]], files: Sequence[Path], config: str, what: str
+    rows: Sequence[Row],
+    *,
+    what: str,
+    guards: Sequence[str],
+    faults: Sequence[Mapping[str, Any]],
+    files: Sequence[Path],
+    config: str,
 ) -> list[str]:
     """The lines at the end: what is equal to how many digits, what is not, where the files are, what to type next."""
     lines = ["", what]
@@ -108,7 +111,10 @@ def certificate(
         lines += _of_precision([row for row in rows if row.precision == precision], precision)
     fake = [row for row in rows if row.fake and row.equal]
     if fake:
-        lines.append(f"{len(fake)} larger layouts ran one rank at a time without the others: shapes, placements and traffic are right")
+        lines.append(
+            f"{len(fake)} layouts are too large for this machine: a few ranks of each ran without the others, and their shapes, "
+            "placements and collectives are what arithmetic says"
+        )
     lines += [f"guard: {line}" for line in guards]
     if faults:
         caught = sum(1 for fault in faults if fault["caught"])
@@ -128,10 +134,11 @@ def _of_precision(rows: Sequence[Row], precision: str) -> list[str]:
     equal = [row for row in real if row.equal]
     lines = []
     if equal:
-        worst = max(max(row.verdict.errors["loss"], row.worst if bounds.weight else row.verdict.errors["gradient"]) for row in equal if row.verdict)  # noqa: E501
+        judged = [name for name in QUANTITIES if getattr(bounds, name) is not None]
+        worst = max(row.verdict.errors[name] for row in equal if row.verdict is not None for name in judged)
         digits = f"{-math.log10(worst):.0f} digits" if worst > 0 else "every digit"
         what = "losses, gradients, norms, clip factors" + (", weights" if bounds.weight else "")
-        lines.append(f"{len(equal)} of {len(real)} layouts compute what one process computes ({precision}): {what} agree to {digits},")
+        lines.append(f"{len(equal)} of {len(real)} layouts compute what one process computes: {what} agree to {digits} ({precision}),")
         lines.append("samples come in the same order, and every collective is the one that the formula says")
     for row in real:
         if not row.equal and row.verdict is not None:

@@ -197,7 +197,8 @@ def _steps(
     """Take the steps; the last one is recorded."""
     resolved = resolve_layout(case.config, world.size)
     samples = samples_of(case.data, case.config, resolved=resolved, spec=case.spec)
-    outs, rows, shape = [], [], (0, (0,))
+    outs, rows = [], []
+    shape: tuple[int, tuple[int, ...]] = (0, ())
     traffic: Traffic = {}
     batches = step_batches(samples, start=0, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, prefetch=1, pin=False)
     with contextlib.closing(batches), InFp64() if case.exact else contextlib.nullcontext():
