@@ -101,21 +101,21 @@ def _values(part: str) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     known = list(LayoutConfig.model_fields)
     for item in part.split(","):
-        left, equals, text = item.partition("=")
+        left, equals, given = item.partition("=")
         key = left.strip().removeprefix("layout.")
         if not equals or key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            return {}, [f"--layouts={shown(item.strip())}: unknown key; nearest: {near[0] if near else 'dp_shard'}=2"]
-        values[key] = yaml12.read(text.strip(), where="--layouts")
+            close = [*difflib.get_close_matches(key, known, n=1), "dp_shard"]
+            return {}, [f"--layouts={shown(item.strip())}: unknown key; nearest: {close[0]}=2"]
+        values[key] = yaml12.read(given.strip(), where="--layouts")
     try:
         LayoutConfig.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         near = {"cp_method": "ring", "pp_schedule": "1f1b"}.get(key, "2" if key in AXES else "true")
         return {}, [f"--layouts={key}={shown(values[key])}: {error.errors()[0]['msg'].lower()}; nearest: {key}={near}"]
-    for axis in AXES:
-        if not isinstance(values.get(axis, 1), int):
-            return {}, [f"--layouts={axis}={shown(values[axis])}: must be a number of ranks; nearest: {axis}=2"]
+    for name in AXES:
+        if not isinstance(values.get(name, 1), int):
+            return {}, [f"--layouts={name}={shown(values[name])}: must be a number of ranks; nearest: {name}=2"]
     return values, []
 
 

@@ -97,7 +97,7 @@ def _small(model: ModelConfig, known: Any, degrees: Degrees) -> ModelConfig:
     """`model.type` with small sizes; a model that comes from a folder gives its own values first."""
     if model.trust_remote_code:
         raise ConfigError(
-            [f"model.path={model.path}: verify cannot shrink a model whose code comes with it; nearest: a model.type of transformers"]
+            [f"model.path={model.path}: verify cannot shrink a model that brings code of its own; nearest: model.type=llama"]
         )
     values = dict(known.to_dict())
     aliases = dict(type(known).attribute_map)
@@ -180,8 +180,8 @@ def check_own_module(config: Config, *, parameters: int) -> None:
     name = next((n for n in takes if any(word in n for word in ("layer", "block", "depth", "hidden", "width", "dim"))), "NAME")
     raise ConfigError(
         [
-            f"model.spec={config.model.spec}: {parameters:,} parameters, and verify takes a module of your own as it is, with at most "
-            f"{SMALL:,}; nearest: a smaller model.spec_args.{name}=... on this command line"
+            f"model.spec={config.model.spec}: {parameters:,} parameters, and verify takes a module of your own as it is, with "
+            f"at most {SMALL:,}; nearest: a smaller model.spec_args.{name}=... on this command line"
         ]
     )
 

@@ -111,10 +111,10 @@ def certificate(
         lines += _of_precision([row for row in rows if row.precision == precision], precision)
     fake = [row for row in rows if row.fake and row.equal]
     if fake:
-        lines.append(
-            f"{len(fake)} layouts are too large for this machine: a few ranks of each ran without the others, and their shapes, "
-            "placements and collectives are what arithmetic says"
-        )
+        lines += [
+            f"{len(fake)} layouts are too large for this machine: a few ranks of each ran without the others,",
+            "and their shapes, placements and collectives are what arithmetic says",
+        ]
     lines += [f"guard: {line}" for line in guards]
     if faults:
         caught = sum(1 for fault in faults if fault["caught"])
@@ -138,8 +138,11 @@ def _of_precision(rows: Sequence[Row], precision: str) -> list[str]:
         worst = max(row.verdict.errors[name] for row in equal if row.verdict is not None for name in judged)
         digits = f"{-math.log10(worst):.0f} digits" if worst > 0 else "every digit"
         what = "losses, gradients, norms, clip factors" + (", weights" if bounds.weight else "")
-        lines.append(f"{len(equal)} of {len(real)} layouts compute what one process computes: {what} agree to {digits} ({precision}),")
-        lines.append("samples come in the same order, and every collective is the one that the formula says")
+        lines += [
+            f"{len(equal)} of {len(real)} layouts compute what one process computes ({precision}):",
+            f"{what} agree to {digits}, samples come in the same order,",
+            "and every collective is the one that the formula says",
+        ]
     for row in real:
         if not row.equal and row.verdict is not None:
             lines.append(f"DIFFERENT: {row.layout.name}:")
