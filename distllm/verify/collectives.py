@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distllm.parallel.mesh import AXES, Mesh
+from distllm.parallel.mesh import AXES, DATA_AXES, LOSS_AXES, SHARD_AXES, Mesh
+
+EXPERT_SHARD_AXES = ("dp_shard", "cp")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Sent:
 
 
 Traffic = Mapping[tuple[str, str], Sent]
-"""(group, kind) -> what was sent. A group is a mesh axis, or several as one: loss, data, shards, expert_shards."""
+"""(group, kind) -> what was sent; groups as `group_name` calls them."""
 
 
 def ring_bytes(kind: str, *, whole: int, ranks: int) -> Fraction:
@@ -45,19 +47,20 @@ def ring_bytes(kind: str, *, whole: int, ranks: int) -> Fraction:
     return 2 * share if kind == "all_reduce" else share
 
 
+def group_name(axes: Sequence[str], sizes: Mapping[str, int]) -> str:
+    """What the group over some axes is called: the axes that have more than one rank, as in `dp_shard+cp`."""
+    return "+".join(axis for axis in axes if sizes[axis] > 1)
+
+
 def group_names(mesh: Mesh) -> dict[str, str]:
-    """torch's name of every process group of the mesh -> ours; where several axes are one group, the axis' name."""
+    """torch's name of every process group of the mesh -> ours."""
     names: dict[str, str] = {}
-    several = (("shards", mesh.shards), ("expert_shards", mesh.expert_shards))
-    for axis in AXES:
-        if (group := mesh.group(axis)) is not None:
-            names.setdefault(group.group_name, axis)
-    for name, submesh in several:
-        if submesh is not None:
-            names.setdefault(submesh.get_group().group_name, name)
-    for name, group in (("loss", mesh.loss_group), ("data", mesh.data_group)):
+    single: list[tuple[Sequence[str], dist.ProcessGroup | None]] = [((axis,), mesh.group(axis)) for axis in AXES]
+    submeshes = ((SHARD_AXES, mesh.shards), (EXPERT_SHARD_AXES, mesh.expert_shards))
+    several = [(axes, None if submesh is None else submesh.get_group()) for axes, submesh in submeshes]
+    for axes, group in (*single, *several, (LOSS_AXES, mesh.loss_group), (DATA_AXES, mesh.data_group)):
         if group is not None:
-            names.setdefault(group.group_name, name)
+            names.setdefault(group.group_name, group_name(axes, mesh.sizes))
     if dist.is_initialized():
         names.setdefault(dist.distributed_c10d._get_default_group().group_name, "world")
     return names
@@ -74,6 +77,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
             for kind, group, size in _sent(op.__name__.partition(".")[0], args):
+                if _size(group) == 1:  # FSDP beside tp has shard groups of one
+                    continue
                 key = (self._names.get(group, f"group {group}"), kind)
                 self.traffic[key] = self.traffic.get(key, Sent(0, Fraction(0))) + Sent(1, size)
         return op(*args, **(kwargs or {}))

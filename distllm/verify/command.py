@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from distllm.verify import fake, guards, planted
 from distllm.verify.asked import Options
 from distllm.verify.collectives import Traffic
 from distllm.verify.data import Data, open_data
-from distllm.verify.formulas import Step, expected_traffic
+from distllm.verify.formulas import expected_traffic, unpredictable
 from distllm.verify.judge import judge
 from distllm.verify.layouts import Layout, layout_of, products, refusals
+from distllm.verify.ledger import Step
 from distllm.verify.ranks import Broken, on_ranks
 from distllm.verify.record import draw, write_record
 from distllm.verify.rows import Row
@@ -56,6 +57,7 @@ class Verification:
         self.parameters = parameters
         self.base = self.case(self.small(layout_of({})))
         self._traces: dict[str, Trace | Broken] = {}
+        self._sound: dict[Layout, Row] = {}
 
     @property
     def has_experts(self) -> bool:
@@ -107,6 +109,12 @@ class Verification:
         row = self._fake(case, row) if row.fake else self._real(case, row, bug=bug)
         return replace(row, seconds=time.monotonic() - began)
 
+    def sound(self, layout: Layout) -> Row:
+        """A layout without a bug, in fp64; run once."""
+        if layout not in self._sound:
+            self._sound[layout] = self.run(layout)
+        return self._sound[layout]
+
     def _real(self, case: Case, row: Row, *, bug: Planted | None) -> Row:
         reference = self.reference(case)
         if isinstance(reference, Broken):
@@ -117,14 +125,16 @@ class Verification:
         )
         if isinstance(reports, Broken):
             return replace(row, refused=reports.problems, broken=reports.reason)
-        formula = _formula(case, row.layout)
-        expected = [formula(report) for report in reports]
+        formula, why = _formula(case, row.layout, reports)
+        expected = [formula(report) for report in reports] if formula is not None else []
         verdict = judge(case, reports, reference, expected=formula)
         verdict = replace(verdict, problems=(*verdict.problems, *guards.too_little(verdict)))
-        return replace(row, verdict=verdict, traffic=[report.traffic for report in reports], expected=expected)
+        traffic = [report.traffic for report in reports]
+        return replace(row, verdict=verdict, traffic=traffic, expected=expected, unpredictable=why)
 
     def _fake(self, case: Case, row: Row) -> Row:
-        return fake.look(case, row, timeout_s=self.options.timeout_s, formula=_formula(case, row.layout))
+        formula, why = _formula(case, row.layout, ())
+        return replace(fake.look(case, row, timeout_s=self.options.timeout_s, formula=formula), unpredictable=why)
 
     def guard(self, row: Row) -> list[str]:
         """What shows that the comparison of a layout that ran proves nothing; and that two seeds differ."""
@@ -136,18 +146,19 @@ class Verification:
         return list(guards.dead(own, others))
 
 
-def _formula(case: Case, layout: Layout) -> Callable[[RankReport], Traffic]:
-    """What a rank of a layout should send at its last step."""
+def _formula(
+    case: Case, layout: Layout, everyone: Sequence[RankReport]
+) -> tuple[Callable[[RankReport], Traffic] | None, str]:
+    """What a rank of a layout should send at its last step; or None, and why no formula says it."""
     model = meta_model(case.spec)
     apply_tune(model, case.spec, case.config.tune)
+    if why := unpredictable(case.config, case.spec, model, layout.sizes):
+        return None, why
 
     def formula(report: RankReport) -> Traffic:
-        batch = (report.batch_shape[0], report.batch_shape[1])
-        return expected_traffic(
-            Step(case.config, case.spec, model, layout.sizes, report.place, report.accumulation, batch)
-        )
+        return expected_traffic(Step(case.config, case.spec, model, layout.sizes, report.place, report.micro, everyone))
 
-    return formula
+    return formula, ""
 
 
 def verify(config: Config, options: Options, *, folder: Path, named: str) -> int:
@@ -176,7 +187,7 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
     with Watch(len(tasks)) as watch:
         for layout, precision in tasks:
             watch.starts(layout.name)
-            rows.append(verification.run(layout, precision=precision))
+            rows.append(verification.sound(layout) if precision == "fp64" else verification.run(layout, precision=precision))
             watch.add(rows[-1])
     judged = next((row for row in rows if row.verdict is not None and not row.fake), None)
     found = verification.guard(judged) if judged is not None else []
@@ -219,9 +230,12 @@ def _plant(verification: Verification, fault: planted.Fault) -> Mapping[str, Any
     """Run a layout with one bug in it; `caught` is None where the bug has no place in this model."""
     layout = layout_of(fault.layout)
     told: dict[str, Any] = {"name": fault.name, "what": fault.what, "layout": layout.name}
+    sound = verification.sound(layout)
+    if sound.refused:
+        return told | {"caught": None, "by": sound.refused[0]}
+    if not sound.equal:
+        return told | {"caught": False, "by": "the layout differs without it too"}
     row = verification.run(layout, bug=fault)
-    if row.refused:
-        return told | {"caught": None, "by": row.refused[0]}
     if row.verdict is None:
         return told | {"caught": planted.NO_PLACE not in row.broken or None, "by": row.broken}
     by = row.verdict.problems[0] if row.verdict.problems else ""

@@ -30,7 +30,7 @@ from distllm.verify.precise import InFp64
 from distllm.verify.ranks import Broken, on_ranks
 from distllm.verify.rows import Row
 from distllm.verify.swap import swapped
-from distllm.verify.trial import Case, RankReport, built
+from distllm.verify.trial import Case, RankReport, built, routes, shapes_of
 
 MOST = 6
 """Ranks that are looked at."""
@@ -50,7 +50,7 @@ class Seen:
 
 
 def look(
-    case: Case, row: Row, *, timeout_s: float, formula: Callable[[RankReport], Traffic]
+    case: Case, row: Row, *, timeout_s: float, formula: Callable[[RankReport], Traffic] | None
 ) -> Row:
     """Run some ranks of a layout in a fake world, and compare shapes and traffic with arithmetic."""
     layout = row.layout
@@ -59,8 +59,8 @@ def look(
     if isinstance(seen, Broken):
         return replace(row, refused=seen.problems, broken=seen.reason)
     problems = [line for one in seen for line in one.misshapen]
-    expected = [formula(one.report) for one in seen]
-    for one, wanted in zip(seen, expected, strict=True):
+    expected = [formula(one.report) for one in seen] if formula is not None else []
+    for one, wanted in zip(seen, expected, strict=formula is not None):
         problems += traffic_problems(one.report, wanted)
     verdict = Verdict(dict.fromkeys(QUANTITIES, 0.0), {}, {}, tuple(dict.fromkeys(problems)), sum(one.pieces for one in seen))
     return replace(row, verdict=verdict, traffic=[one.report.traffic for one in seen], expected=expected)
@@ -93,13 +93,12 @@ def _steps(case: Case, world: World, layout: Layout) -> Seen:
         for number in range(STEPS):
             data = next(batches)
             micro = [thinned(batch, uneven=case.uneven, fold=case.fold) for batch in data.microbatches]
-            with recorder if number == STEPS - 1 else contextlib.nullcontext():
+            with recorder if number == STEPS - 1 else contextlib.nullcontext(), routes(case.spec, engine) as routed:
                 engine.train_step(micro, samples=data.samples)
             engine.settle()
-    shape = (len(micro), tuple(micro[0].inputs["input_ids"].shape))
     report = RankReport(
-        world.rank, mesh.coordinates(), (), (), (), {}, (), {}, (), dict(recorder.traffic), shape[0], shape[1]
-    )  # fmt: skip
+        world.rank, mesh.coordinates(), (), (), (), {}, (), {}, (), dict(recorder.traffic), shapes_of(micro, routed)
+    )
     return Seen(report, wrong, len(places))
 
 

@@ -6,92 +6,80 @@ asked. Bytes are those that this rank sends, with ring or direct algorithms (`co
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from distllm.config.check import Resolved
+from distllm.config.check_layout import virtual_stages
+from distllm.config.check_pipeline import needs_gathered
 from distllm.config.schema import Config
 from distllm.models.spec import ModelSpec
-from distllm.parallel.mesh import AXES, LOSS_AXES, SHARD_AXES
-from distllm.verify.collectives import Sent, Traffic, ring_bytes
+from distllm.parallel.mesh import LOSS_AXES, SHARD_AXES
+from distllm.parallel.tensor_heads import heads_of
+from distllm.timeline.order import schedule_order
+from distllm.verify.collectives import EXPERT_SHARD_AXES, Traffic
+from distllm.verify.formulas_axes import context_parallel, expert_parallel, tensor_parallel
+from distllm.verify.formulas_pipeline import pipeline
+from distllm.verify.ledger import Ledger, Step
+from distllm.verify.local_shapes import Part, Stages, local_numbers, parts_of, stages_of
 
 MIB = 1 << 20
 FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB  # of DDP
-WIDTHS = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
-@dataclass(frozen=True)
-class Step:
-    """All that the formulas read."""
-
-    config: Config
-    spec: ModelSpec
-    model: nn.Module
-    """On meta, tied, frozen where it is."""
-    sizes: Mapping[str, int]
-    place: Mapping[str, int]
-    """This rank's coordinates."""
-    accumulation: int
-    batch: tuple[int, int]
-    """Rows and tokens of a micro-batch of one data-parallel rank."""
-
-    @property
-    def compute_bytes(self) -> int:
-        return WIDTHS[self.config.precision.compute]
-
-    @property
-    def master_bytes(self) -> int:
-        return 8 if self.config.precision.compute == "fp64" else 4
-
-
-class Ledger:
-    """Adds up traffic."""
-
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self._sizes, self.traffic = sizes, dict[tuple[str, str], Sent]()
-
-    def group(self, axes: Sequence[str], name: str) -> tuple[str, int]:
-        """What the group of some axes is called, and how many ranks it has: of one wide axis, the axis' name."""
-        wide = [axis for axis in axes if self._sizes[axis] > 1]
-        ranks = math.prod(self._sizes[axis] for axis in wide)
-        return (wide[0] if len(wide) == 1 else name), ranks
-
-    def ring(self, group: tuple[str, int], kind: str, whole: int, *, calls: int = 1) -> None:
-        """`calls` collectives of `whole` bytes each; nothing in a group of one."""
-        name, ranks = group
-        if ranks > 1 and calls:
-            self._add((name, kind), Sent(calls, calls * ring_bytes(kind, whole=whole, ranks=ranks)))
-
-    def direct(self, name: str, kind: str, size: int | Fraction, *, calls: int = 1) -> None:
-        """`calls` sends or all-to-alls, each of `size` bytes that leave this rank."""
-        if calls:
-            self._add((name, kind), Sent(calls, Fraction(calls * size)))
-
-    def _add(self, key: tuple[str, str], sent: Sent) -> None:
-        self.traffic[key] = self.traffic.get(key, Sent(0, Fraction(0))) + sent
+def unpredictable(config: Config, spec: ModelSpec, model: nn.Module, sizes: Mapping[str, int]) -> str | None:
+    """Why no formula says what a layout sends, or None."""
+    inner = [axis for axis in ("tp", "cp", "pp", "ep") if sizes[axis] > 1]
+    if not inner:
+        return None
+    if config.activation.mode != "none":
+        return f"activation checkpointing repeats what {inner[0]} sends as far as a block is recomputed"
+    if config.precision.compute not in ("fp64", "fp32"):
+        return f"autocast decides what {inner[0]} sends in {config.precision.compute}"
+    if sizes["cp"] > 1 and spec.hf_config is None:
+        heads = [heads for heads in map(heads_of, model.modules()) if heads is not None and heads.dim is not None]
+        if not heads:
+            return "no module has num_heads and head_dim, which decide what cp sends"
+    return None
 
 
 def expected_traffic(step: Step) -> Traffic:
     """What this rank sends at one step, by group and kind."""
-    ledger = Ledger(step.sizes)
-    shards = ledger.group(SHARD_AXES, "shards")
-    replicas = ledger.group(("dp_replicate",), "dp_replicate")
-    if shards[1] > 1:
-        _fsdp(step, ledger, shards=shards, replicas=replicas)
+    ledger, stages = Ledger(step.sizes), stages_of(step)
+    parts = parts_of(step, stages)
+    shards = ledger.group(*SHARD_AXES)
+    replicas = ledger.group("dp_replicate")
+    inner = step.sizes["tp"] * step.sizes["pp"] > 1
+    if shards[1] > 1 or (replicas[1] > 1 and inner):
+        for part in parts:
+            _fsdp(step, ledger, part, stages, shards=shards, replicas=replicas)
     elif replicas[1] > 1:
         _ddp(step, ledger, replicas=replicas)
-    ledger.ring(ledger.group(LOSS_AXES, "loss"), "all_reduce", 2 * step.master_bytes)  # [loss sum, count]
+    for part in parts:
+        tensor_parallel(step, ledger, part)
+        context_parallel(step, ledger, part)
+    expert_parallel(step, ledger)
+    pipeline(step, ledger, parts, stages)
+    _norm(step, ledger, parts, sharded=shards[1] > 1)
+    ledger.ring(ledger.group(*LOSS_AXES), "all_reduce", 2 * step.master_bytes)  # [loss sum, count]
     return ledger.traffic
+
+
+def _norm(step: Step, ledger: Ledger, parts: Sequence[Part], *, sharded: bool) -> None:
+    """One scalar for each way in which parameters are cut, over each axis that cuts them; and one over the stages."""
+    ways = {way for part in parts for way in part.ways(step)}
+    for tp, ep in ways:
+        if sharded:
+            ledger.ring(ledger.group(*(EXPERT_SHARD_AXES if ep else SHARD_AXES)), "all_reduce", step.master_bytes)
+        for axis, cut in (("tp", tp), ("ep", ep)):
+            if cut:
+                ledger.ring(ledger.group(axis), "all_reduce", step.master_bytes)
+    ledger.ring(ledger.group("pp"), "all_reduce", step.master_bytes)
 
 
 def _ddp(step: Step, ledger: Ledger, *, replicas: tuple[str, int]) -> None:
     """2 (N-1)/N P e: every gradient once a step, whatever A, in buckets."""
-    width = step.master_bytes
-    sizes = [p.numel() * width for p in step.model.parameters() if p.requires_grad]
+    sizes = [p.numel() * step.master_bytes for p in step.model.parameters() if p.requires_grad]
     for bucket in buckets(sizes[::-1]):
         ledger.ring(replicas, "all_reduce", bucket)
 
@@ -114,42 +102,51 @@ def buckets(sizes: Sequence[int]) -> list[int]:
     return [*found, now] if now else found
 
 
-def _fsdp(step: Step, ledger: Ledger, *, shards: tuple[str, int], replicas: tuple[str, int]) -> None:
+def _fsdp(
+    step: Step, ledger: Ledger, part: Part, stages: Stages | None, *, shards: tuple[str, int], replicas: tuple[str, int]
+) -> None:
     """A (N-1)/N P (2 e_p + e_g), less one gather of what is outside the blocks; shards are padded on dim 0.
 
-    Across replicas 2 (R-1)/R (P/N) e_g, once a step.
+    Across replicas 2 (R-1)/R (P/N) e_g, once a step. Of P, what tp, ep and pp leave on a rank. In a pipeline gradients are
+    scattered once, and what a backward pass has gathered is still there for the forward pass after it.
     """
-    ranks, gathers = shards[1], 2 if step.config.layout.reshard_after_forward else 1
-    reduce_bytes = step.master_bytes
-    blocks, rest = units(step.model, step.spec)
-    for unit, times in [*((block, gathers) for block in blocks), (rest, 1)]:
-        numbers = ranks * sum(_shard_rows(p, ranks) for p in unit)
-        learns = ranks * sum(_shard_rows(p, ranks) for p in unit if p.requires_grad)
-        if not numbers:
-            continue
-        ledger.ring(shards, "all_gather", numbers * step.compute_bytes, calls=times * step.accumulation)
-        if learns:
-            ledger.ring(shards, "reduce_scatter", learns * reduce_bytes, calls=step.accumulation)
-            ledger.ring(replicas, "all_reduce", learns // ranks * reduce_bytes)
-    ledger.ring(shards, "all_reduce", step.master_bytes)  # the squared norm
+    count = len(step.micro)
+    gathers, rest, scatters = count * (2 if step.config.layout.reshard_after_forward else 1), count, count
+    if stages is not None:
+        gathers, rest, scatters = gathers_of_stage(step, part.index), 1, 1
+    experts = ledger.group(*EXPERT_SHARD_AXES)
+    for block in part.blocks:
+        dense = {name: p for name, p in block.items() if not step.is_expert(name)}
+        _unit(step, ledger, dense, times=(gathers, scatters), shards=shards, replicas=replicas)
+        for group in step.by_module({name: p for name, p in block.items() if step.is_expert(name)}):
+            _unit(step, ledger, group, times=(gathers, scatters), shards=experts, replicas=replicas)
+    _unit(step, ledger, part.rest, times=(rest, scatters), shards=shards, replicas=replicas)
 
 
-def units(model: nn.Module, spec: ModelSpec) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
-    """The parameters that FSDP gathers together: those of each block, and those outside."""
-    blocks = [list(_own(block)) for path in spec.blocks for block in model.get_submodule(path).children()]
-    inside = {id(p) for block in blocks for p in block}
-    return blocks, [p for p in model.parameters() if id(p) not in inside]
+def gathers_of_stage(step: Step, index: int) -> int:
+    """How often a block of a stage is gathered in one step, from the order of its forward and backward passes."""
+    layout = step.config.layout
+    if not layout.reshard_after_forward or needs_gathered(layout.pp_schedule):
+        return 1
+    virtual = virtual_stages(step.config)
+    order = schedule_order(layout.pp_schedule, pp=step.sizes["pp"], virtual=virtual, microbatches=len(step.micro))
+    times, held = 0, False
+    for work in (work for together in order[step.place["pp"]] for work in together if work.stage == index):
+        times += not held
+        held = work.kind != "F"
+    return times
 
 
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    yield from module.parameters()
-
-
-def _shard_rows(parameter: nn.Parameter, ranks: int) -> int:
-    """Numbers of one rank's shard, cut on dim 0 and padded to equal rows."""
-    return -(-parameter.shape[0] // ranks) * math.prod(parameter.shape[1:])
-
-
-def sizes_of(resolved: Resolved) -> dict[str, int]:
-    """Axis -> ranks."""
-    return {axis: getattr(resolved, axis) for axis in AXES}
+def _unit(
+    step: Step, ledger: Ledger, unit: Mapping[str, nn.Parameter], *, times: tuple[int, int], shards: tuple[str, int],
+    replicas: tuple[str, int],
+) -> None:  # fmt: skip
+    """One group of parameters that FSDP gathers, and whose gradients it scatters, so many times."""
+    ranks, (gathers, scatters) = shards[1], times
+    held = sum(local_numbers(step, name, p, ranks) for name, p in unit.items())
+    learns = sum(local_numbers(step, name, p, ranks) for name, p in unit.items() if p.requires_grad)
+    if held:
+        ledger.ring(shards, "all_gather", ranks * held * step.compute_bytes, calls=gathers)
+    if learns:
+        ledger.ring(shards, "reduce_scatter", ranks * learns * step.master_bytes, calls=scatters)
+        ledger.ring(replicas, "all_reduce", learns * step.master_bytes)

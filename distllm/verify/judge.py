@@ -143,8 +143,8 @@ def _largest(array: np.ndarray) -> float:
 
 
 def _divides(case: Case) -> bool:
-    """Whether the optimizer divides a gradient by its own size, or takes only its sign."""
-    return case.config.optim.name != "sgd"
+    """Whether the optimizer takes only the sign of a gradient, as Lion does."""
+    return case.config.optim.name == "lion"
 
 
 def _without_direction(reference: Trace) -> frozenset[str]:

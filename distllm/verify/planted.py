@@ -24,12 +24,15 @@ from distllm.data.batch import IGNORE, Batch
 from distllm.engine import local, native
 from distllm.engine.base import LossTerms
 from distllm.engine.native import NativeEngine
-from distllm.parallel import data
+from distllm.parallel import data, expert, tensor, tensor_styles
 from distllm.parallel.mesh import Mesh
+from distllm.parallel.pipeline import Pipeline
 from distllm.verify.swap import swapped
 from distllm.verify.trial import Arrays, Case
 
 NO_PLACE = "this model has no place for it"
+KEYS_AND_VALUES = ("k_proj", "v_proj", "k", "v", "key", "value")
+"""What families call the projections of keys and values."""
 Patch = Callable[[World], AbstractContextManager[None]]
 Break = Callable[[NativeEngine, World, Arrays], None]
 
@@ -220,14 +223,32 @@ def _all_decay(engine: NativeEngine, world: World, starts: Arrays) -> None:
         group["weight_decay"] = 0.1
 
 
+def _swapped_heads(engine: NativeEngine, world: World, starts: Arrays) -> None:
+    """Keys and values of two tp ranks change places, those of the queries stay."""
+    place, ranks = engine.parallel.mesh.coordinates()["tp"], engine.parallel.mesh.sizes["tp"]
+    found = False
+    for name, own in engine.parameters.local.items():
+        whole, module = starts.get(name), name.split(".")[-2] if "." in name else ""
+        if whole is not None and module in KEYS_AND_VALUES and own.shape[0] * ranks == whole.shape[0]:
+            first = (place + 1) % ranks * own.shape[0]
+            with torch.no_grad():
+                own.copy_(torch.from_numpy(whole[first : first + own.shape[0]]))
+            found = True
+    if not found:
+        raise DistllmError(NO_PLACE)
+
+
 def _other_layer(engine: NativeEngine, world: World, starts: Arrays) -> None:
-    """The first matrix of a rank's last layer gets the numbers of layer 0."""
+    """The last matrix of the last rank's layers gets the numbers of layer 0."""
+    if world.rank != world.size - 1:
+        return
     for name, own in reversed(list(engine.parameters.local.items())):
         first = re.sub(r"\.(\d+)\.", ".0.", name, count=1)
         if first != name and first in starts and starts[first].shape == tuple(own.shape) and own.dim() == 2:
             with torch.no_grad():
                 own.copy_(torch.from_numpy(starts[first]))
             return
+    raise DistllmError(NO_PLACE)
 
 
 # --- computing ---------------------------------------------------------------------------------------------------------
@@ -260,7 +281,59 @@ def _extra_sum(engine: NativeEngine, world: World, starts: Arrays) -> None:
     engine.parallel.forward.register_forward_pre_hook(send)
 
 
+def _unsummed_parts(world: World) -> AbstractContextManager[None]:
+    return swapped(tensor_styles, "reduce_from", lambda part, group: part)
+
+
+def _unsummed_norms(world: World) -> AbstractContextManager[None]:
+    return swapped(tensor, "_summed", lambda ranks, slots: contextlib.nullcontext())
+
+
+def _later_position(engine: NativeEngine, world: World, starts: Arrays) -> None:
+    if world.rank != world.size - 1:
+        return
+
+    def shift(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        positions = kwargs.get("position_ids")
+        assert positions is not None, "context-parallel ranks are given their positions"
+        return args, {**kwargs, "position_ids": positions + 1}
+
+    engine.parallel.forward.register_forward_pre_hook(shift, with_kwargs=True)
+
+
+def _label_at_a_cut(case: Case, world: World) -> Case:
+    """Labels shifted after the cut: the last place of a rank's tokens is asked for its own first token."""
+    true = case.task.objective
+
+    def wrong(outputs: Any, batch: Batch) -> LossTerms:
+        labels = batch.targets["labels"].clone()
+        labels[:, -1] = torch.where(labels[:, -1] == IGNORE, IGNORE, batch.inputs["input_ids"][:, 0])
+        return true(outputs, Batch(batch.inputs, {**batch.targets, "labels": labels}, batch.sample_ids))
+
+    return replace(case, task=replace(case.task, objective=wrong))
+
+
+def _lost_expert(world: World) -> AbstractContextManager[None]:
+    """The rows of the first expert of the last rank come back as zeros."""
+    true = expert.grouped_linear
+
+    def wrong(rows: torch.Tensor, weight: torch.Tensor, *, counts: list[int], ends: torch.Tensor) -> torch.Tensor:
+        out = true(rows, weight, counts=counts, ends=ends)
+        if world.rank != world.size - 1:
+            return out
+        kept = torch.ones(len(out), 1, dtype=out.dtype)
+        kept[: counts[0]] = 0.0
+        return out * kept
+
+    return swapped(expert, "grouped_linear", wrong)
+
+
+def _ties_apart(world: World) -> AbstractContextManager[None]:
+    return swapped(Pipeline, "_sum_tied_gradients", lambda pipeline: None)
+
+
 DDP, FSDP, HSDP = {"dp_replicate": 2}, {"dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}
+TP, PLAIN_TP, CP, EP, PP = {"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"cp": 2}, {"ep": 2}, {"pp": 2}
 
 FAULTS: tuple[Fault, ...] = (
     Fault("dropped all-reduce", "gradients of replicas are not added", DDP, patch=_dropped_all_reduce),
@@ -281,4 +354,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("norms decay", "weight decay reaches norms and embeddings", DDP, breaks=_all_decay),
     Fault("rounded activation", "one rank computes a layer's output in fp16", FSDP, breaks=_rounded),
     Fault("extra collective", "something is sent that changes no number", FSDP, breaks=_extra_sum),
+    Fault("loss x tp", "each tp rank's loss counts as one of its own", TP, changes=_objective(_doubled)),
+    Fault("unsummed parts", "the parts of row-parallel products are not added", PLAIN_TP, patch=_unsummed_parts),
+    Fault("unsummed norms", "each tp rank keeps the gradient of its own tokens' norms", TP, patch=_unsummed_norms),
+    Fault("swapped KV heads", "two tp ranks have each other's keys and values", TP, breaks=_swapped_heads),
+    Fault("later position", "a cp rank numbers its tokens from one too high", CP, breaks=_later_position),
+    Fault("label at a cut", "labels are shifted after the sequence is cut", CP, changes=_label_at_a_cut),
+    Fault("lost expert", "an expert on another rank gives nothing back", EP, patch=_lost_expert),
+    Fault("another's numbers", "a stage's layer starts with the numbers of the first", PP, breaks=_other_layer),
+    Fault("stale stage", "a stage goes on with its weights of before the update", PP, breaks=_no_update(1, from_rank=1)),
+    Fault("ties apart", "the two stages of a tied weight do not add their gradients", PP, patch=_ties_apart),
 )  # fmt: skip

@@ -27,6 +27,8 @@ class Row:
     """Of each rank, at the last step."""
     expected: Sequence[Traffic] = ()
     """Of each rank, by formula."""
+    unpredictable: str = ""
+    """Why there is no formula."""
     seconds: float = 0.0
     fake: bool = False
     """Whether only its shapes, placements and collectives were looked at, without the other ranks."""
@@ -65,7 +67,7 @@ class Row:
         return found | {
             "verdict": "equal" if self.equal else "different", "errors": errors, "where": dict(self.verdict.worst),
             "problems": list(self.verdict.problems), "numbers_compared": self.verdict.compared,
-            "weights_without_direction": list(self.verdict.unjudged),
+            "weights_without_direction": list(self.verdict.unjudged), "formula_missing": self.unpredictable or None,
             "sent": [_told(traffic) for traffic in self.traffic], "formula": [_told(traffic) for traffic in self.expected],
         }  # fmt: skip
 

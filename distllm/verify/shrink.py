@@ -87,9 +87,12 @@ def shrink(config: Config, known: Any, degrees: Degrees) -> Config:
         }
     )  # fmt: skip
     distill = type(config.distill)()
+    # With the usual 1e-8 Adam divides rounding by rounding where a gradient is nearly zero, and makes 1e-11 of 1e-16.
+    optim = config.optim.model_copy(update={"eps": max(config.optim.eps, 1e-5)})
     schedule = config.schedule.model_copy(update={"warmup": 0})  # every step at its full rate, or weights hardly move
     tune = config.tune.model_copy(update={"lora": config.tune.lora.model_copy(update={"dropout": 0.0})})
     changed = {"model": model, "data": data, "train": train, "distill": distill, "schedule": schedule, "tune": tune}
+    changed["optim"] = optim
     return config.model_copy(update=changed | {"precision": config.precision.model_copy(update={"tf32": False})})
 
 
@@ -100,14 +103,14 @@ def _small(model: ModelConfig, known: Any, degrees: Degrees) -> ModelConfig:
             [f"model.path={model.path}: verify cannot shrink a model that brings code of its own; nearest: model.type=llama"]
         )
     values = dict(known.to_dict())
-    aliases = dict(type(known).attribute_map)
-    sizes = {aliases.get(name, name): value for name, value in model.sizes.items()}
+    sizes = dict(model.sizes)
     if model.path is not None:
         plain = type(known)().to_dict()
         own = {n: v for n, v in values.items() if n in plain and v != plain[n] and n not in _NOT_SIZES}
         sizes = {**own, **sizes}
-    sizes = {n: v for n, v in sizes.items() if n not in PER_LAYER and "max_position" not in n and n != "n_positions"}
-    sizes |= small_sizes(values, known, degrees)
+    aliases, small = dict(type(known).attribute_map), small_sizes(values, known, degrees)
+    replaced = {aliases.get(name, name) for name in small} | {"n_positions", "max_position_embeddings", *PER_LAYER}
+    sizes = {name: value for name, value in sizes.items() if aliases.get(name, name) not in replaced} | small
     return model.model_copy(
         update={"type": known.model_type, "path": None, "weights": None, "sizes": sizes, "dropout": None}
     )

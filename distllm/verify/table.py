@@ -72,7 +72,7 @@ def _cells(row: Row, *, plain: bool) -> list[str]:
         text = f"refused: {row.refused[0]}" if row.refused else f"broken: {row.broken}"
         return [*head, text] if plain else [*head, *[""] * (len(SHOWN) + 1), _coloured(text, "yellow" if row.refused else "red")]
     own, wanted = row.sent()
-    sent = f"{_short(own)} / {_short(wanted)}"
+    sent = f"{_short(own)} / {'no formula' if row.unpredictable else _short(wanted)}"
     errors = ["-" if row.fake else _error(row.verdict.errors[name]) for name in SHOWN]
     good = "shapes and traffic equal" if row.fake else "equal"
     text = good if row.equal else f"different: {row.verdict.problems[0]}"

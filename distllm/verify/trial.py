@@ -12,21 +12,23 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from distllm.comm import World
 from distllm.config.check import resolve_layout
 from distllm.config.schema import Config
+from distllm.data.batch import IGNORE, Batch
 from distllm.data.loader import step_batches
 from distllm.engine.local import local_part
 from distllm.engine.native import NativeEngine
 from distllm.models.build import meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
+from distllm.parallel.expert import expert_modules
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.parallel.parallelize import Parallel
 from distllm.train.build import build_engine
 from distllm.train.tasks import Labels, Task, make_task, outputs_of
 from distllm.train.tune import first_tensors, tuned_spec
+from distllm.verify.boxes import boxes as boxes_of
 from distllm.verify.collectives import Recorder, Traffic
 from distllm.verify.data import Data, row_digests, samples_of, thinned
 from distllm.verify.precise import InFp64
@@ -88,6 +90,21 @@ Pieces = Mapping[str, Piece]
 
 
 @dataclass(frozen=True)
+class Micro:
+    """The shape of one micro-batch of one rank, and where its rows went."""
+
+    rows: int
+    tokens: int
+    """Of `input_ids`, before cp cuts it."""
+    outputs: int
+    """Places of a row that get logits: those of the decoder, where there is one."""
+    targets: int
+    """Places with a label."""
+    routed: tuple[tuple[int, ...], ...] = ()
+    """For each layer of experts that this rank ran, the rows for each expert."""
+
+
+@dataclass(frozen=True)
 class RankReport:
     """What one rank found."""
 
@@ -104,9 +121,8 @@ class RankReport:
     rows: Sequence[Mapping[int, str]]
     traffic: Traffic
     """Of the last step."""
-    accumulation: int
-    batch_shape: tuple[int, ...]
-    """Of `input_ids` of a micro-batch."""
+    micro: Sequence[Micro]
+    """Its micro-batches of that step."""
 
 
 class Planted(Protocol):
@@ -193,12 +209,12 @@ def _size(tensors: Sequence[torch.Tensor]) -> float:
 
 def _steps(
     case: Case, engine: NativeEngine, mesh: Mesh, world: World, *, record: bool
-) -> tuple[list[Any], list[dict[int, str]], Traffic, tuple[int, tuple[int, ...]]]:
+) -> tuple[list[Any], list[dict[int, str]], Traffic, list[Micro]]:
     """Take the steps; the last one is recorded."""
     resolved = resolve_layout(case.config, world.size)
     samples = samples_of(case.data, case.config, resolved=resolved, spec=case.spec)
     outs, rows = [], []
-    shape: tuple[int, tuple[int, ...]] = (0, ())
+    shapes: list[Micro] = []
     traffic: Traffic = {}
     batches = step_batches(samples, start=0, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, prefetch=1, pin=False)
     with contextlib.closing(batches), InFp64() if case.exact else contextlib.nullcontext():
@@ -207,14 +223,53 @@ def _steps(
             micro = [thinned(batch, uneven=case.uneven, fold=case.fold) for batch in data.microbatches]
             rows.append(row_digests(micro))
             last = record and number == case.steps - 1
-            with Recorder(mesh) if last else contextlib.nullcontext() as recorder:
+            with Recorder(mesh) if last else contextlib.nullcontext() as recorder, routes(case.spec, engine) as routed:
                 out = engine.train_step(micro, samples=data.samples)
             engine.settle()
             if recorder is not None:
                 traffic = dict(recorder.traffic)
             outs.append((float(out.loss), float(out.grad_norm)))
-            shape = (len(micro), tuple(micro[0].inputs["input_ids"].shape))
-    return outs, rows, traffic, shape
+            shapes = shapes_of(micro, routed)
+    return outs, rows, traffic, shapes
+
+
+def shapes_of(batches: Sequence[Batch], routed: Sequence[tuple[int, ...]]) -> list[Micro]:
+    """The shapes of some micro-batches.
+
+    Args:
+        batches: those of a step.
+        routed: what `routes` saw of it: as many layers for each micro-batch.
+    """
+    layers, found = len(routed) // len(batches), []
+    for number, batch in enumerate(batches):
+        ids, labels = batch.inputs["input_ids"], batch.targets.get("labels")
+        whole = labels is not None and labels.dim() == 2
+        found.append(
+            Micro(
+                ids.shape[0], ids.shape[1], labels.shape[1] if labels is not None and whole else ids.shape[1],
+                int((labels != IGNORE).sum()) if labels is not None else 0,
+                tuple(routed[number * layers : (number + 1) * layers]),
+            )
+        )  # fmt: skip
+    return found
+
+
+@contextlib.contextmanager
+def routes(spec: ModelSpec, engine: NativeEngine) -> Iterator[list[tuple[int, ...]]]:
+    """See which experts the routers choose: for each call of a layer of experts, the rows for each expert."""
+    seen: list[tuple[int, ...]] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        count = next(module.parameters()).shape[0]
+        seen.append(tuple(torch.bincount(args[1].flatten(), minlength=count).tolist()))
+
+    modules = [m for part in engine.parallel.parts for m in expert_modules(part, plan=spec.ep_plan).values()]
+    hooks = [module.register_forward_pre_hook(look) for module in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def trace(case: Case, world: World) -> Trace:
@@ -261,14 +316,14 @@ def run_rank(case: Case, world: World, reference: Trace, *, planted: Planted | N
         places = dict(parallel.named_parameters())
         local = {name: local_part(p) for name, p in places.items()}
         starts = _pieces(local, reference.starts, places, parallel, names=names)
-        outs, rows, traffic, (accumulation, shape) = _steps(case, engine, mesh, world, record=True)
+        outs, rows, traffic, micro = _steps(case, engine, mesh, world, record=True)
         engine.parameters.refresh()
         places = dict(parallel.named_parameters())
         local = {name: local_part(p) for name, p in places.items()}
         weights = _pieces(local, reference.weights, places, parallel, names=names)
     return RankReport(
         world.rank, mesh.coordinates(), [o[0] for o in outs], [o[1] for o in outs], seen.factors, starts, seen.gradients,
-        weights, rows, traffic, accumulation, shape,
+        weights, rows, traffic, micro,
     )  # fmt: skip
 
 
@@ -288,7 +343,7 @@ def _pieces(
             found[name] = Piece(math.inf, tensor.numel(), ())
             continue
         error, boxes = 0.0, []
-        for inside, box in _boxes(places[name], parallel, name):
+        for inside, box in boxes_of(places[name], parallel, name):
             own = _array(tensor)[inside]
             if own.size:
                 difference = np.abs(own.astype(np.float64) - reference[box].astype(np.float64)).max()
@@ -296,28 +351,6 @@ def _pieces(
                 boxes.append(tuple((s.start, s.stop) for s in box))
         found[name] = Piece(error, tensor.numel(), tuple(boxes))
     return found
-
-
-Box = tuple[slice, ...]
-
-
-def _boxes(place: torch.Tensor, parallel: Parallel, name: str) -> Iterator[tuple[Box, Box]]:
-    """The boxes of this rank's piece: where each is in the piece, and where in the whole tensor."""
-    if not isinstance(place, DTensor):
-        box = tuple(slice(0, size) for size in place.shape)
-        yield box, box
-        return
-    (piece,) = place.__create_chunk_list__()
-    inside = [slice(0, size) for size in piece.sizes]
-    whole = [slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True)]
-    packing = parallel.packings.get(name)
-    if packing is None:
-        yield tuple(inside), tuple(whole)
-        return
-    dim = packing.dim
-    for at, start, length in packing.boxes(piece.offsets[dim], piece.sizes[dim], whole=place.shape[dim]):
-        inside[dim], whole[dim] = slice(at, at + length), slice(start, start + length)
-        yield tuple(inside), tuple(whole)
 
 
 def _first_names(spec: ModelSpec) -> dict[str, str]:

@@ -10,8 +10,14 @@ from distllm.verify.command import Verification
 from distllm.verify.layouts import layout_of
 
 
-@pytest.mark.parametrize("layout", [{"dp_shard": 64}, {"dp_replicate": 16}, {"dp_replicate": 4, "dp_shard": 32}], ids=str)
-def test_shapes_and_traffic_of_a_large_layout_are_what_arithmetic_says(layout: dict[str, int], verification: Verification) -> None:
+LARGE = [
+    {"dp_shard": 64}, {"dp_replicate": 16}, {"dp_replicate": 4, "dp_shard": 32}, {"dp_shard": 8, "tp": 4},
+    {"pp": 4, "dp_shard": 4, "tp": 2}, {"dp_shard": 4, "cp": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LARGE, ids=str)
+def test_shapes_and_traffic_of_a_large_layout_are_those_of_arithmetic(layout: dict[str, int], verification: Verification) -> None:
     row = verification.run(layout_of(layout))
     assert row.fake and row.equal, (row.broken, row.verdict and row.verdict.problems)
     assert row.verdict is not None and row.verdict.compared > 20 and len(row.traffic) >= 2

@@ -43,7 +43,8 @@ def test_families_shrink_to_what_divides(kind: str, task: str) -> None:
 
 
 def test_traits_stay() -> None:
-    grouped = small(config_of("qwen3", num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True), Degrees()).hf_config
+    tied = config_of("qwen3", num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+    grouped = small(tied, Degrees()).hf_config
     assert grouped.num_attention_heads // grouped.num_key_value_heads == 4 and grouped.tie_word_embeddings
     one_key = small(config_of("llama", num_attention_heads=8, num_key_value_heads=1, hidden_size=64), Degrees(heads=4)).hf_config
     assert one_key.num_key_value_heads == 1 and one_key.num_attention_heads % 4 == 0
