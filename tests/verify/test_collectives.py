@@ -48,7 +48,7 @@ def test_ours_functional_and_point_to_point(tmp_path: Path) -> None:
 
     found = on_ranks(rank, 4, tmp_path)
     assert found[0] == {
-        ("loss", "all_reduce"): Sent(1, Fraction(18)),  # 2 x 3/4 x 12 bytes
+        ("dp_replicate+dp_shard", "all_reduce"): Sent(1, Fraction(18)),  # 2 x 3/4 x 12 bytes
         ("dp_shard", "all_gather"): Sent(2, Fraction(32)),  # twice half of 32 bytes
         ("dp_shard", "all_to_all"): Sent(1, Fraction(12)),  # three of four numbers leave rank 0
         ("dp_replicate", "all_reduce"): Sent(1, Fraction(16)),
@@ -60,14 +60,14 @@ def test_ours_functional_and_point_to_point(tmp_path: Path) -> None:
 
 def test_a_group_of_one_sends_nothing() -> None:
     ledger = Ledger(dict.fromkeys(AXES, 1))
-    ledger.ring(ledger.group(("dp_shard", "cp"), "shards"), "all_reduce", 100)
+    ledger.ring(ledger.group("dp_shard", "cp"), "all_reduce", 100)
     assert ledger.traffic == {}
 
 
-def test_one_wide_axis_gives_a_group_its_name() -> None:
+def test_the_wide_axes_give_a_group_its_name() -> None:
     ledger = Ledger(dict.fromkeys(AXES, 1) | {"dp_shard": 2, "tp": 4})
-    assert ledger.group(("dp_shard", "ep", "cp"), "shards") == ("dp_shard", 2)
-    assert ledger.group(("dp_shard", "tp"), "both") == ("both", 8)
+    assert ledger.group("dp_shard", "ep", "cp") == ("dp_shard", 2)
+    assert ledger.group("dp_shard", "tp") == ("dp_shard+tp", 8)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from distllm.verify import fake
 from distllm.verify.command import Verification
 from distllm.verify.layouts import layout_of
 
-
 LARGE = [
     {"dp_shard": 64}, {"dp_replicate": 16}, {"dp_replicate": 4, "dp_shard": 32}, {"dp_shard": 8, "tp": 4},
     {"pp": 4, "dp_shard": 4, "tp": 2}, {"dp_shard": 4, "cp": 4},
