@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distllm.config.check_layout import virtual_stages
+from distllm.config.check_pipeline import virtual_stages
 from distllm.config.errors import EXIT_OK, EXIT_UNEQUAL, ConfigError
 from distllm.config.schema import Config, LayoutConfig
 from distllm.models.build import meta_model, resolve_spec
@@ -68,7 +68,8 @@ class Verification:
         laid = self.config.model_copy(update={"layout": layout.config()})
         if laid.model.attention == "flash_attention_2" and self.options.device == "cpu":
             laid = laid.model_copy(update={"model": laid.model.model_copy(update={"attention": "auto"})})
-        small = shrink(laid, self.known, degrees_of(layout.sizes, virtual=virtual_stages(laid)))
+        virtual = virtual_stages(laid.layout.pp_schedule, laid.layout.pp_virtual)
+        small = shrink(laid, self.known, degrees_of(layout.sizes, virtual=virtual))
         sizes = layout.sizes
         readers = sizes["dp_replicate"] * sizes["dp_shard"] * sizes["ep"]
         each = max(2, 2 * sizes["pp"], 4 // readers)  # micro-batches of a rank: enough for every schedule

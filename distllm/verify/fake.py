@@ -82,7 +82,7 @@ def _look(case: Case, world: World, layout: Layout) -> Seen:
 
 def _steps(case: Case, world: World, layout: Layout) -> Seen:
     engine, mesh = built(case, world)
-    places = dict(engine.parallel.named_parameters())
+    places = dict(engine.parallel.model.named_parameters())
     whole = {n: tuple(p.shape) for n, p in meta_model(case.spec).named_parameters(remove_duplicate=False)}
     wrong = [*_misshapen(places, whole, engine.parallel, layout.sizes, mesh.coordinates())]
     resolved = resolve_layout(case.config, world.size)

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from distllm.config.check_layout import virtual_stages
-from distllm.config.check_pipeline import needs_gathered
+from distllm.config.check_pipeline import needs_gathered, virtual_stages
 from distllm.config.schema import Config
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import LOSS_AXES, SHARD_AXES
@@ -128,7 +127,7 @@ def gathers_of_stage(step: Step, index: int) -> int:
     layout = step.config.layout
     if not layout.reshard_after_forward or needs_gathered(layout.pp_schedule):
         return 1
-    virtual = virtual_stages(step.config)
+    virtual = virtual_stages(layout.pp_schedule, layout.pp_virtual)
     order = schedule_order(layout.pp_schedule, pp=step.sizes["pp"], virtual=virtual, microbatches=len(step.micro))
     times, held = 0, False
     for work in (work for together in order[step.place["pp"]] for work in together if work.stage == index):

@@ -26,8 +26,8 @@ def tensor_parallel(step: Step, ledger: Ledger, part: Part) -> None:
     """4 all-reduces of B S D e a block and micro-batch; with sequence parallel 4 all-gathers and 4 reduce-scatters.
 
     Beside them: the embedding's lookup and the head's input, one all-reduce each, and 4 numbers of each place for the
-    loss; with sequence parallel the gradients of the block's norms, together; and where residuals begin and end to be cut,
-    one all-gather each. Sources: Shoeybi et al. 2019, arXiv 1909.08053; Korthikanti et al. 2022, arXiv 2205.05198.
+    loss; with sequence parallel the gradients of the block's norms, together; and where residuals begin and end to be cut, in
+    each stage, one all-gather each. Sources: Shoeybi et al. 2019, arXiv 1909.08053; Korthikanti et al. 2022, arXiv 2205.05198.
     """
     if step.sizes["tp"] == 1:
         return
@@ -43,10 +43,8 @@ def tensor_parallel(step: Step, ledger: Ledger, part: Part) -> None:
                 ledger.ring(group, "all_reduce", together * step.compute_bytes)
         width = _width(step.model)
         hidden = micro.rows * _held(step, micro.tokens) * width * step.compute_bytes
-        if cut and part.first:
-            ledger.ring(group, "all_gather", hidden)  # backward of taking one's own tokens
-        if cut and part.last:
-            ledger.ring(group, "all_gather", hidden)
+        if cut:  # between stages residuals are whole: before the last block ends, and backward of taking one's own tokens
+            ledger.ring(group, "all_gather", hidden, calls=2)
         if part.first and "embedding_rowwise" in found.values():
             ledger.ring(group, "all_reduce", hidden)
             if len(step.spec.blocks) > 1:  # the decoder's tokens
@@ -189,8 +187,6 @@ def context_parallel(step: Step, ledger: Ledger, part: Part) -> None:
         return
     heads = _heads(step)
     method = step.config.layout.cp_method
-    if method == "auto":
-        method = "ulysses" if heads.query % ranks == 0 else "ring"
     for micro in step.micro:
         for _ in part.blocks:
             held = micro.rows * (micro.tokens // ranks) * heads.width * step.compute_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distllm.parallel.tensor_check import can_cut_sequence
 from distllm.verify.ledger import Ledger, Step
 from distllm.verify.local_shapes import Part, Stages, own_numbers
 
@@ -17,10 +16,8 @@ def pipeline(step: Step, ledger: Ledger, parts: Sequence[Part], stages: Stages |
     if stages is None:
         return
     rank, last = step.place["pp"], len(stages.owners) - 1
-    cut = step.sizes["tp"] > 1 and step.config.layout.sequence_parallel and can_cut_sequence(step.model, spec=step.spec)
     for micro in step.micro:
-        tokens = micro.tokens // step.sizes["cp"] // (step.sizes["tp"] if cut else 1)
-        hidden = micro.rows * tokens * stages.width * step.compute_bytes
+        hidden = micro.rows * (micro.tokens // step.sizes["cp"]) * stages.width * step.compute_bytes
         for part in parts:
             after, before = part.index + 1, part.index - 1
             for there in (after if after <= last else None, before if before >= 0 else None):

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from distllm.config.check_layout import virtual_stages
-from distllm.config.check_pipeline import stage_owners
+from distllm.config.check_pipeline import stage_owners, virtual_stages
 from distllm.models.build import meta_model
 from distllm.parallel.cut import find_chain
 from distllm.parallel.mesh import SHARD_AXES
@@ -65,8 +64,8 @@ def stages_of(step: Step) -> Stages | None:
     if ranks == 1:
         return None
     model = meta_model(step.spec)
-    chain = find_chain(model, spec=step.spec)
-    owners = stage_owners(layout.pp_schedule, pp=ranks, virtual=virtual_stages(step.config))
+    chain = find_chain(model, spec=step.spec, pp=ranks)
+    owners = stage_owners(layout.pp_schedule, pp=ranks, virtual=virtual_stages(layout.pp_schedule, layout.pp_virtual))
     if layout.pp_split:
         blocks = given_split(layout.pp_split, stages=len(owners), blocks=len(chain.blocks))
     else:

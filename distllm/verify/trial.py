@@ -281,9 +281,9 @@ def trace(case: Case, world: World) -> Trace:
     """
     engine, mesh = built(case, world)
     seen = _watch(engine, lambda gradients: {name: _array(g) for name, g in gradients.items()})
-    starts = {name: _array(p) for name, p in engine.parallel.named_parameters()}
+    starts = {name: _array(p) for name, p in engine.parallel.model.named_parameters()}
     outs, rows, _, _ = _steps(case, engine, mesh, world, record=False)
-    weights = {name: _array(p) for name, p in engine.parallel.named_parameters()}
+    weights = {name: _array(p) for name, p in engine.parallel.model.named_parameters()}
     factors = [factor or 0.0 for factor in seen.factors]
     return Trace([o[0] for o in outs], [o[1] for o in outs], factors, starts, seen.gradients, weights, rows)
 
@@ -313,12 +313,12 @@ def run_rank(case: Case, world: World, reference: Trace, *, planted: Planted | N
             return _pieces(gradients, whole, engine.parameters.whole, parallel, names=names)
 
         seen = _watch(engine, note)
-        places = dict(parallel.named_parameters())
+        places = dict(parallel.model.named_parameters())
         local = {name: local_part(p) for name, p in places.items()}
         starts = _pieces(local, reference.starts, places, parallel, names=names)
         outs, rows, traffic, micro = _steps(case, engine, mesh, world, record=True)
         engine.parameters.refresh()
-        places = dict(parallel.named_parameters())
+        places = dict(parallel.model.named_parameters())
         local = {name: local_part(p) for name, p in places.items()}
         weights = _pieces(local, reference.weights, places, parallel, names=names)
     return RankReport(

@@ -34,7 +34,7 @@ def test_every_number_is_in_one_box(rows: int, parts: int, tmp_path: Path) -> No
         cut = DTensor.from_local(mine, tensor_ranks, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
         module.weight = nn.Parameter(cut)
         fully_shard(module, mesh=mesh.weight_mesh())
-        parallel = Parallel((module,), module, mesh, True, {} if parts == 1 else {"weight": packing})
+        parallel = Parallel(module, (module,), module, mesh, True, {} if parts == 1 else {"weight": packing})
         local = module.weight.to_local().detach()
         return [(box, local[inside].numpy().copy()) for inside, box in boxes(module.weight, parallel, "weight")]
 
