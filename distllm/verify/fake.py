@@ -7,25 +7,27 @@ collective sends. Numbers cannot: what should come from another rank is whatever
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.pipelining import schedules
 
 from distllm.comm import World
 from distllm.config.check import resolve_layout
 from distllm.data.loader import step_batches
+from distllm.engine.local import local_part
 from distllm.models.build import meta_model
 from distllm.parallel import data as data_parallel
-from distllm.parallel.parallelize import Parallel
+from distllm.parallel import parallelize as parallelizing
 from distllm.verify.collectives import Recorder, Traffic
 from distllm.verify.data import samples_of, thinned
 from distllm.verify.judge import QUANTITIES, Verdict, traffic_problems
 from distllm.verify.layouts import Layout
+from distllm.verify.ledger import Step
+from distllm.verify.local_shapes import own_shape
 from distllm.verify.precise import InFp64
 from distllm.verify.ranks import Broken, on_ranks
 from distllm.verify.rows import Row
@@ -83,8 +85,8 @@ def _look(case: Case, world: World, layout: Layout) -> Seen:
 def _steps(case: Case, world: World, layout: Layout) -> Seen:
     engine, mesh = built(case, world)
     places = dict(engine.parallel.model.named_parameters())
-    whole = {n: tuple(p.shape) for n, p in meta_model(case.spec).named_parameters(remove_duplicate=False)}
-    wrong = [*_misshapen(places, whole, engine.parallel, layout.sizes, mesh.coordinates())]
+    step = Step(case.config, case.spec, meta_model(case.spec), layout.sizes, mesh.coordinates(), ())
+    wrong = [*_misshapen(places, step)]
     resolved = resolve_layout(case.config, world.size)
     samples = samples_of(case.data, case.config, resolved=resolved, spec=case.spec)
     batches = step_batches(samples, start=0, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, prefetch=1, pin=False)
@@ -104,7 +106,7 @@ def _steps(case: Case, world: World, layout: Layout) -> Seen:
 
 @contextlib.contextmanager
 def _answering() -> Iterator[None]:
-    """What the fake world lacks: an all-to-all of counts gives back what was sent, and a bucket of DDP comes back itself."""
+    """What the fake world lacks: counts and objects come back as they were sent, and a bucket of DDP as it is."""
     true = dist.all_to_all_single
 
     def echo(output: torch.Tensor, input: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -120,33 +122,33 @@ def _answering() -> Iterator[None]:
         return done
 
     add_bucket.__annotations__.clear()
-    with swapped(dist, "all_to_all_single", echo), swapped(data_parallel, "_add_bucket", add_bucket):
+    def gathered(value: Any, group: Any) -> list[Any]:
+        return [value] * (1 if group is None else dist.get_world_size(group))
+
+    with (
+        swapped(dist, "all_to_all_single", echo), swapped(data_parallel, "_add_bucket", add_bucket),
+        swapped(parallelizing, "gather_over", gathered), _stages_without_a_vote(),
+    ):  # fmt: skip
         yield
 
 
-def _misshapen(
-    places: Mapping[str, torch.Tensor], whole: Mapping[str, tuple[int, ...]], parallel: Parallel, sizes: Mapping[str, int],
-    place: Mapping[str, int],
-) -> Iterator[str]:  # fmt: skip
-    """Local pieces whose shape is not that of the whole cut by tp or ep, and then, padded to equal rows, by the shards."""
-    ranks, index = 1, 0
-    for axis in ("dp_shard", "ep", "cp"):
-        ranks, index = ranks * sizes[axis], index * sizes[axis] + place[axis]
+def _stages_without_a_vote() -> contextlib.AbstractContextManager[None]:
+    """torch 2.13 lets stages vote on how they learn their shapes; ours are given them, which 2.11 takes as it is."""
+    if not hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
+        return contextlib.nullcontext()
+    from torch.distributed.pipelining.stage import InferenceMode
+
+    def known(schedule: Any, stages: Sequence[Any], *args: Any, **options: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    return swapped(schedules._PipelineSchedule, "_warmup_p2p", known)
+
+
+def _misshapen(places: Mapping[str, torch.Tensor], step: Step) -> Iterator[str]:
+    """Local pieces whose shape is not that of the whole cut by tp or ep, and then, in equal rows, by the shards."""
+    whole = dict(step.model.named_parameters(remove_duplicate=False))
     for name, parameter in places.items():
-        if not isinstance(parameter, DTensor):
-            if tuple(parameter.shape) != whole[name]:
-                yield f"shape: {name} is {tuple(parameter.shape)}, and the whole is {whole[name]} and not cut"
-            continue
-        axes = parameter.device_mesh.mesh_dim_names or ()
-        shape, n, i = list(whole[name]), ranks, index
-        for axis, placement in zip(axes, parameter.placements, strict=True):
-            dim = getattr(placement, "dim", None)
-            if axis in ("tp", "ep") and dim is not None:
-                shape[dim] //= sizes[axis]
-        if "ep" in axes and len(parallel.mesh.sizes):  # an expert: ep has spread it, the other shard axes cut it
-            n, i = sizes["dp_shard"] * sizes["cp"], place["dp_shard"] * sizes["cp"] + place["cp"]
-        if any(axis not in ("tp", "ep", "dp_replicate") and getattr(p, "dim", None) is not None for axis, p in zip(axes, parameter.placements, strict=True)):  # noqa: E501
-            rows = math.ceil(shape[0] / n)
-            shape[0] = max(0, min(shape[0], (i + 1) * rows) - i * rows)
-        if list(parameter.to_local().shape) != shape:
-            yield f"shape: {name} is {tuple(parameter.to_local().shape)} on {place}, arithmetic says {tuple(shape)}"
+        own, wanted = tuple(local_part(parameter).shape), own_shape(step, name, whole[name])
+        if own != wanted:
+            yield f"shape: {name} is {own} on {dict(step.place)}, arithmetic says {wanted}"

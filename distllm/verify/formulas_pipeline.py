@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from distllm.verify.ledger import Ledger, Step
-from distllm.verify.local_shapes import Part, Stages, own_numbers
+from distllm.verify.local_shapes import Part, Stages, own_shape
 
 
 def pipeline(step: Step, ledger: Ledger, parts: Sequence[Part], stages: Stages | None) -> None:
@@ -29,4 +30,4 @@ def pipeline(step: Step, ledger: Ledger, parts: Sequence[Part], stages: Stages |
         for name in stages.tied:
             parameter = step.model.get_parameter(name)
             if parameter.requires_grad:
-                ledger.direct("pp", "send", own_numbers(step, name, parameter) * step.master_bytes)
+                ledger.direct("pp", "send", math.prod(own_shape(step, name, parameter)) * step.master_bytes)

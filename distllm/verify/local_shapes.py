@@ -16,6 +16,7 @@ from distllm.parallel.split import estimated_costs, given_split, split_blocks
 from distllm.parallel.tensor import planned
 from distllm.parallel.tensor_heads import heads_of
 from distllm.parallel.tensor_styles import PARAMETER_STYLES
+from distllm.verify.collectives import EXPERT_SHARD_AXES
 from distllm.verify.ledger import Step
 
 Parameters = Mapping[str, nn.Parameter]
@@ -140,15 +141,15 @@ def local_numbers(step: Step, name: str, parameter: nn.Parameter, ranks: int) ->
     return math.prod(shape)
 
 
-def own_numbers(step: Step, name: str, parameter: nn.Parameter) -> int:
-    """Numbers that this rank really holds of a parameter, without padding."""
+def own_shape(step: Step, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of what this rank holds of a parameter, without padding."""
     ranks, index = 1, 0
-    for axis in SHARD_AXES:
+    for axis in EXPERT_SHARD_AXES if step.is_expert(name) else SHARD_AXES:
         ranks, index = ranks * step.sizes[axis], index * step.sizes[axis] + step.place[axis]
     shape, cut = _before_shards(step, name, parameter, ranks)
     rows = math.ceil(shape[cut] / ranks)
     shape[cut] = max(0, min(shape[cut], (index + 1) * rows) - index * rows)
-    return math.prod(shape)
+    return tuple(shape)
 
 
 def _before_shards(step: Step, name: str, parameter: nn.Parameter, ranks: int) -> tuple[list[int], int]:

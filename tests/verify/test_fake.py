@@ -23,13 +23,9 @@ def test_shapes_and_traffic_of_a_large_layout_are_those_of_arithmetic(layout: di
 
 
 def test_a_wrong_shape_is_seen(verification: Verification, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = fake._misshapen
+    true = fake.own_shape
 
-    def with_wrong_place(places, whole, parallel, sizes, place):  # type: ignore[no-untyped-def]
-        wrong = {name: (shape[0] + 64, *shape[1:]) for name, shape in whole.items()}
-        yield from true(places, wrong, parallel, sizes, place)
-
-    monkeypatch.setattr(fake, "_misshapen", with_wrong_place)
+    monkeypatch.setattr(fake, "own_shape", lambda step, name, parameter: (true(step, name, parameter)[0] + 1,))
     row = verification.run(layout_of({"dp_shard": 16}))
     assert row.verdict is not None and row.verdict.problems[0].startswith("shape: ")
 

@@ -12,7 +12,7 @@ from distllm.verify.command import Verification
 from distllm.verify.formulas import expected_traffic, gathers_of_stage, unpredictable
 from distllm.verify.layouts import AXES, layout_of
 from distllm.verify.ledger import Step
-from distllm.verify.local_shapes import local_numbers, own_numbers, parts_of, stages_of
+from distllm.verify.local_shapes import local_numbers, own_shape, parts_of, stages_of
 from distllm.verify.trial import Micro
 
 
@@ -38,7 +38,7 @@ def test_shards_are_padded_to_equal_rows(verification: Verification) -> None:
     assert rows % 8 != 0
     assert local_numbers(step, name, weight, 8) == -(-rows // 8) * width
     last = replace(step, place={**step.place, "dp_shard": 7})
-    assert own_numbers(last, name, weight) == (rows - 7 * -(-rows // 8)) * width
+    assert own_shape(last, name, weight) == (rows - 7 * -(-rows // 8), width)
 
 
 def test_parts_of_a_pipeline_are_the_model(verification: Verification) -> None:
