@@ -63,6 +63,9 @@ def options_of(
 
 def _gpus() -> int:
     """The GPUs of this machine, counted without starting CUDA: a process that has used it cannot be forked into ranks."""
+    import os
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch asks the driver's monitor and not CUDA
     import torch
 
     return torch.cuda.device_count()

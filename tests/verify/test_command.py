@@ -9,6 +9,7 @@ import pytest
 
 from distllm.cli import run
 from distllm.engine import local
+from distllm.verify.command import Verification
 from distllm.verify.judge import Verdict
 from distllm.verify.layouts import layout_of
 from distllm.verify.rows import Row
@@ -89,9 +90,9 @@ def test_a_module_of_ones_own_that_is_too_large_is_refused(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_lower_precisions_have_bounds_of_their_own(precision: str, tmp_path: Path) -> None:
-    verification = verification_of(tmp_path)
-    row = verification.run(layout_of({"dp_replicate": 2}), precision=precision)
+@pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "tp"])
+def test_lower_precisions_have_bounds_of_their_own(precision: str, axis: str, verification: Verification) -> None:
+    row = verification.run(layout_of({axis: 2}), precision=precision)
     assert row.equal, row
 
 
@@ -102,7 +103,21 @@ def test_text_that_is_not_prepared_is_read_in_part(tmp_path: Path) -> None:
     assert verification.run(layout_of({"dp_replicate": 2})).equal
 
 
-def test_a_table_grows_on_a_terminal_and_tells_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_grows_on_a_terminal_and_tells_what_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with Watch(2) as watch:
+        watch.starts("dp_shard 2")
+        watch.add(Row(layout_of({"dp_shard": 2}), "fp64", refused=("[a rule]",)))
+        watch.starts("tp 2")
+    shown = capsys.readouterr().out
+    assert "now dp_shard 2" in shown and "1 of 2 done, about " in shown and "refused: [a rule]" in shown
+
+
+def test_off_a_terminal_each_layout_is_a_line_and_the_certificate_ends_them(capsys: pytest.CaptureFixture[str]) -> None:
     good = Verdict(dict.fromkeys(("loss", "gradient", "norm", "clip", "start", "weight"), 1e-15), {}, {"a.0.w": 1e-15}, (), 5000)
     rows = [
         Row(layout_of({"dp_shard": 2}), "fp64", verdict=good),
