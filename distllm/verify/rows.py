@@ -68,12 +68,24 @@ class Row:
             "verdict": "equal" if self.equal else "different", "errors": errors, "where": dict(self.verdict.worst),
             "problems": list(self.verdict.problems), "numbers_compared": self.verdict.compared,
             "weights_without_direction": list(self.verdict.unjudged), "formula_missing": self.unpredictable or None,
-            "sent": [_told(traffic) for traffic in self.traffic], "formula": [_told(traffic) for traffic in self.expected],
+            "sent": _grouped(self.traffic), "formula": _grouped(self.expected),
         }  # fmt: skip
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _grouped(traffic: Sequence[Traffic]) -> list[dict[str, Any]]:
+    """What the ranks sent, those that sent the same together."""
+    groups: list[dict[str, Any]] = []
+    for rank, told in enumerate(_told(one) for one in traffic):
+        group = next((group for group in groups if group["sent"] == told), None)
+        if group is None:
+            groups.append({"ranks": [rank], "sent": told})
+        else:
+            group["ranks"].append(rank)
+    return groups
 
 
 def _told(traffic: Traffic) -> Mapping[str, Any]:
