@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _EPILOG = (
     "Exit codes: 0 done · 1 a fault of distllm's own · 2 command line or config · 3 data, tokenizer or model files · "
     "4 checkpoint · 5 diverged · 6 disk full or not writable · 7 other ranks lost or not found · 8 out of memory · "
-    "75 stopped by a signal after saving (the same command continues) · 130 interrupted. "
+    "9 verify: a layout differs · 75 stopped by a signal after saving (the same command continues) · 130 interrupted. "
     "--debug, anywhere, shows the traceback of an error."
 )
 
@@ -148,6 +148,35 @@ def train(
     if inherited is not None or count == 1:
         return run_train(loaded)
     return launch.local_ranks(argv, count)
+
+
+@app.command(epilog=_EPILOG)
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="Try every layout on these numbers of ranks.")] = "1,2,4,8",
+    layouts: Annotated[str | None, typer.Option(help='Try these instead: "tp=2,pp=2;dp_shard=4".')] = None,
+    precision: Annotated[str, typer.Option(help="fp64, fp32, bf16, or several with commas.")] = "fp64",
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each layout.")] = 3,
+    planted_faults: Annotated[bool, typer.Option("--planted-faults", help="Plant known bugs; each must be caught.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: a rank a GPU of this machine.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="The folder for record and picture; else OUT/NAME-verify.")] = None,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one layout.")] = 300.0,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")] = False,
+) -> int:
+    """Prove on a small model of the same kind that every layout computes what one process computes."""
+    from distllm.verify.asked import options_of
+
+    loaded = _checked(config, overrides)
+    if config.is_dir() and not trust:
+        _refuse_own_code(loaded, config)
+    options = options_of(
+        ranks=ranks, layouts=layouts, precision=precision, steps=steps, faults=planted_faults, device=device, timeout_s=timeout
+    )
+    from distllm.verify.command import verify as run_verify
+
+    folder = out or Path(loaded.config.out) / f"{loaded.config.name}-verify"
+    return run_verify(loaded.config, options, folder=folder, named=" ".join([str(config), *(overrides or [])]))
 
 
 @app.command("eval", epilog=_EPILOG)

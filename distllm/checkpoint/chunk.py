@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
+from distllm.pieces import piece_of
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -35,6 +37,5 @@ def chunk_of(data: torch.Tensor, *, like: torch.Tensor, write: bool) -> Chunk:
     """
     if not isinstance(like, DTensor):
         return Chunk(data, tuple(like.shape), (0,) * like.dim(), write)
-    pieces = like.__create_chunk_list__()
-    assert len(pieces) == 1, "a parameter has one local piece on each rank"
-    return Chunk(data, tuple(like.shape), tuple(pieces[0].offsets), write and data.numel() > 0)
+    offsets, _ = piece_of(like)
+    return Chunk(data, tuple(like.shape), offsets, write and data.numel() > 0)

@@ -14,6 +14,7 @@ EXIT_DIVERGED = 5  # too many steps in a row with a loss or gradient that is not
 EXIT_STORAGE = 6  # disk full, folder read-only, file cannot be written
 EXIT_LOST = 7  # another rank died or hangs, or the ranks do not find one another
 EXIT_MEMORY = 8  # the device or the machine is out of memory
+EXIT_UNEQUAL = 9  # verify: a layout computes something else than one process, or a guard or planted fault fails
 EXIT_STOPPED = 75  # stopped by a signal after saving: the same command continues (EX_TEMPFAIL)
 
 

@@ -88,8 +88,13 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def squared_norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The sum of the squares of all values of some tensors on one device, a scalar in fp32, or fp64 where they are."""
-    norms = torch._foreach_norm(list(tensors))
-    return torch.stack([at_least_fp32(norm) for norm in norms]).square().sum()
+    tensors = list(tensors)
+    # A CPU adds the squares of a tensor one after another: in fp32 a million of them lose two digits, and another number where
+    # the tensor is cut. GPUs add them in trees.
+    on_cpu = tensors[0].device.type == "cpu"
+    norms = torch._foreach_norm(tensors, 2, torch.float64) if on_cpu else torch._foreach_norm(tensors)
+    total = torch.stack([at_least_fp32(norm) for norm in norms]).square().sum()
+    return total if tensors[0].dtype == torch.float64 else total.float()
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

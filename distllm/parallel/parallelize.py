@@ -27,6 +27,7 @@ from distllm.parallel.pipeline import Facts, Pipeline
 from distllm.parallel.stages import Cut, apply_pp, own_blocks
 from distllm.parallel.tensor import apply_tp
 from distllm.parallel.tensor_check import can_cut_sequence, tp_problems
+from distllm.pieces import piece_of
 
 
 @dataclass(frozen=True)
@@ -265,13 +266,13 @@ def _copy_part(place: torch.Tensor, whole: torch.Tensor, *, packing: Packing | N
         place.copy_(whole)
         return
     local = place.to_local()
-    (piece,) = place.__create_chunk_list__()
-    box = [slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True)]
+    offsets, sizes = piece_of(place)
+    box = [slice(o, o + s) for o, s in zip(offsets, sizes, strict=True)]
     if packing is None:
         local.copy_(whole[tuple(box)])
         return
     dim = packing.dim
-    for inside, at, length in packing.boxes(piece.offsets[dim], piece.sizes[dim], whole=whole.shape[dim]):
+    for inside, at, length in packing.boxes(offsets[dim], sizes[dim], whole=whole.shape[dim]):
         box[dim] = slice(at, at + length)
         local.narrow(dim, inside, length).copy_(whole[tuple(box)])
 

@@ -1,0 +1,71 @@
+"""What was asked for on the command line, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distllm.config.errors import ConfigError
+from distllm.config.kinds import shown
+from distllm.verify.layouts import MOST_REAL, Layout, parse_layouts, parse_ranks
+
+PRECISIONS = ("fp64", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for."""
+
+    ranks: Sequence[int] = (1, 2, 4, 8)
+    layouts: Sequence[Layout] = ()
+    """In place of every product over `ranks`."""
+    precisions: Sequence[str] = ("fp64",)
+    steps: int = 3
+    faults: bool = False
+    device: str = "cpu"
+    real: int = MOST_REAL
+    """Ranks that run together on this machine; larger layouts run a few ranks in a fake world."""
+    timeout_s: float = 300.0
+
+
+def options_of(
+    *, ranks: str, layouts: str | None, precision: str, steps: int, faults: bool, device: str, timeout_s: float
+) -> Options:
+    """The options of a command line.
+
+    Args:
+        ranks: `1,2,4,8`.
+        layouts: `tp=2,pp=2;dp_shard=4`, in place of every product over `ranks`.
+        precision: one or several of PRECISIONS with commas.
+        steps: of each layout.
+        faults: plant bugs too.
+        device: cpu or cuda.
+        timeout_s: seconds for one layout.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+    wanted = [item.strip() for item in precision.split(",") if item.strip()]
+    if not wanted or not set(wanted) <= set(PRECISIONS):
+        raise ConfigError([f"--precision={shown(precision)}: must be of {', '.join(PRECISIONS)}, with commas; nearest: fp64"])
+    if device not in ("cpu", "cuda"):
+        raise ConfigError([f"--device={device}: must be cpu or cuda; nearest: cpu"])
+    given = parse_layouts(layouts) if layouts is not None else []
+    numbers = parse_ranks(ranks)
+    real = MOST_REAL
+    if device == "cuda":
+        real = _gpus()
+        numbers = [number for number in numbers if number <= real]
+        if not real:
+            raise ConfigError(["--device=cuda: no CUDA device is available here; nearest: cpu"])
+    return Options(numbers, given, tuple(dict.fromkeys(wanted)), steps, faults, device, real, timeout_s)
+
+
+def _gpus() -> int:
+    """The GPUs of this machine, counted without starting CUDA: a process that has used it cannot be forked into ranks."""
+    import os
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch asks the driver's monitor and not CUDA
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,165 @@
+"""The table on the terminal, while it grows, and the certificate at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from distllm.verify.judge import BOUNDS, QUANTITIES
+from distllm.verify.rows import Row
+
+SHOWN = ("loss", "gradient", "norm", "clip", "weight")
+
+
+class Watch:
+    """Shows rows as they come: a growing table on a terminal, a line each elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._rows, self._began = total, list[Row](), time.monotonic()
+        console = Console()
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            # No refreshing thread: ranks are forked from this process.
+            self._live = Live(self._table("starting"), console=console, auto_refresh=False, vertical_overflow="visible")
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.update(self._table(None), refresh=True)
+            self._live.stop()
+
+    def starts(self, what: str) -> None:
+        """Say what is under way, and how long all will take at the speed so far."""
+        if self._live is not None:
+            done, spent = len(self._rows), time.monotonic() - self._began
+            left = f", about {spent / done * (self._total - done):.0f} s left" if done else ""
+            self._live.update(self._table(f"{done} of {self._total} done{left}; now {what}"), refresh=True)
+
+    def add(self, row: Row) -> None:
+        """Show one more layout."""
+        self._rows.append(row)
+        if self._live is None:
+            print("  ".join(_cells(row, plain=True)), flush=True)
+
+    def _table(self, caption: str | None) -> Table:
+        table = Table(caption=caption, box=None, pad_edge=False, header_style="bold")
+        for title in ("layout", "ranks", *SHOWN, "sent / formula", "verdict"):
+            table.add_column(title, justify="left" if title in ("layout", "verdict") else "right", overflow="fold")
+        for row in self._rows:
+            table.add_row(*_cells(row, plain=False))
+        return table
+
+
+def _cells(row: Row, *, plain: bool) -> list[str]:
+    name = row.layout.name if row.precision == "fp64" else f"{row.layout.name}, {row.precision}"
+    head = [name.ljust(34) if plain else name, str(row.layout.ranks)]
+    if row.verdict is None:
+        text = f"refused: {row.refused[0]}" if row.refused else f"broken: {row.broken}"
+        return [*head, text] if plain else [*head, *[""] * (len(SHOWN) + 1), _coloured(text, "yellow" if row.refused else "red")]
+    own, wanted = row.sent()
+    sent = f"{_short(own)} / {'no formula' if row.unpredictable else _short(wanted)}"
+    errors = ["-" if row.fake else _error(row.verdict.errors[name]) for name in SHOWN]
+    good = "shapes and traffic equal" if row.fake else "equal"
+    text = good if row.equal else f"different: {row.verdict.problems[0]}"
+    if plain:
+        return [*head, *(f"{name} {error}" for name, error in zip(SHOWN, errors, strict=True)), f"sent {sent}", text]
+    return [*head, *errors, sent, _coloured(text, "green" if row.equal else "red")]
+
+
+def _coloured(text: str, colour: str) -> str:
+    return f"[{colour}]{text.replace('[', chr(92) + '[')}[/{colour}]"
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0.0 else f"{value:.0e}" if math.isfinite(value) else "inf"
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def certificate(
+    rows: Sequence[Row],
+    *,
+    what: str,
+    guards: Sequence[str],
+    faults: Sequence[Mapping[str, Any]],
+    files: Sequence[Path],
+    config: str,
+) -> list[str]:
+    """The lines at the end: what is equal to how many digits, what is not, where the files are, what to type next."""
+    lines = ["", what]
+    for precision in dict.fromkeys(row.precision for row in rows):
+        lines += _of_precision([row for row in rows if row.precision == precision], precision)
+    fake = [row for row in rows if row.fake and row.equal]
+    if fake:
+        lines += [
+            f"{len(fake)} layouts are too large for this machine: a few ranks of each ran without the others,",
+            "and their shapes, placements and collectives are what arithmetic says",
+        ]
+    lines += [f"guard: {line}" for line in guards]
+    if faults:
+        caught = sum(1 for fault in faults if fault["caught"])
+        planted = sum(1 for fault in faults if fault["caught"] is not None)
+        lines.append(f"{caught} of {planted} planted faults were caught" + (
+            f"; {len(faults) - planted} have no place in this model" if planted < len(faults) else ""
+        ))  # fmt: skip
+        lines += [f"  NOT CAUGHT: {fault['name']}: {fault['what']}" for fault in faults if fault["caught"] is False]
+    lines += [f"{'written':<8}{path}" for path in files]
+    lines.append(f"{'next':<8}distllm train {config}")
+    return lines
+
+
+def _of_precision(rows: Sequence[Row], precision: str) -> list[str]:
+    bounds = BOUNDS[precision]
+    real = [row for row in rows if row.verdict is not None and not row.fake]
+    equal = [row for row in real if row.equal]
+    lines = []
+    if equal:
+        judged = [name for name in QUANTITIES if getattr(bounds, name) is not None]
+        worst = max(row.verdict.errors[name] for row in equal if row.verdict is not None for name in judged)
+        digits = f"{-math.log10(worst):.0f} digits" if worst > 0 else "every digit"
+        what = "losses, gradients, norms, clip factors" + (", weights" if bounds.weight else "")
+        lines += [
+            f"{len(equal)} of {len(real)} layouts compute what one process computes ({precision}):",
+            f"{what} agree to {digits}, samples come in the same order,",
+            "and every collective is the one that the formula says",
+        ]
+    for row in real:
+        if not row.equal and row.verdict is not None:
+            lines.append(f"DIFFERENT: {row.layout.name}:")
+            lines += [f"  {problem}" for problem in row.verdict.problems[:6]]
+    lines += [f"BROKEN: {row.layout.name}: {row.broken}" for row in rows if row.verdict is None and not row.refused]
+    refused: dict[str, list[str]] = {}
+    for row in rows:
+        for rule in row.refused[:1]:
+            refused.setdefault(rule, []).append(row.layout.name)
+    count = sum(len(names) for names in refused.values())
+    if count:
+        lines.append(f"{count} layouts are refused by {len(refused)} rules:")
+        lines += [f"  {rule} ({len(names)}: {names[0]}{', ...' if len(names) > 1 else ''})" for rule, names in refused.items()]
+    return lines
+
+
+def say(lines: Sequence[str]) -> None:
+    """Write lines to stdout."""
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
