@@ -34,7 +34,7 @@ def run_harness(
         DataError: a task cannot be run, such as one whose data cannot be fetched.
     """
     if kind not in ("causal_lm", "sft", "seq2seq"):
-        raise ConfigError([f"--harness: is for models that write text, and {folder} is for {kind}"])
+        raise ConfigError([f"--harness={','.join(tasks)}: is for models that write text, and this one is for {kind}"])
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
