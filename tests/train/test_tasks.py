@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distllm import cli
 from distllm.comm import World
 from distllm.config.schema import Config
 from distllm.train.inference import export_source
@@ -107,6 +108,29 @@ def test_a_student_learns_the_same_on_ranks_and_resumes_bitwise(tmp_path: Path) 
     on_ranks(lambda world: cut_and_straight(sharded, world), 2, tmp_path / "ranks")
     equal(state(tmp_path / "runs" / "cut"), state(tmp_path / "runs" / "straight"))
     plain_transformers_loads(export_source(str(tmp_path / "runs" / "cut"), tmp_path / "exported"))
+
+
+@pytest.mark.parametrize(
+    ("task", "call"),
+    [
+        ("classification", "AutoModelForSequenceClassification.from_pretrained('out')"),
+        ("multi_task", "AutoModel.from_pretrained('out')"),
+        ("word_vector", "safetensors.torch.load_file('out/model.safetensors')"),
+    ],
+)
+def test_an_export_says_what_loads_it(
+    task: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(task_config(task, tmp_path), 1, tmp_path, name="run")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.run(["export", "runs/run", "out"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].strip() == call
+    source = told[-2].split()[3]
+    assert source == ("out" if task == "classification" else "runs/run")
+    words = ["predict", source, "--input", "tables/source.txt", "--output", "o.tsv"]
+    assert cli.run([*words, "--task", "mood"] if task == "multi_task" else words) == 0
 
 
 def cut_and_straight(config: Config, world: World) -> None:
