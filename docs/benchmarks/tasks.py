@@ -121,7 +121,6 @@ def main() -> None:
     work = args.work.resolve()
     record: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"what": "tasks", "runs": {}}
     record |= {
-        "date": date.today().isoformat(),
         "versions": {"distllm": distllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
     }
@@ -131,7 +130,8 @@ def main() -> None:
         folder = work / "runs" / name
         words = [*training, f"out={work}/runs", f"data.store={work}/store", *args.set]
         run(["train", *words])
-        entry: dict[str, Any] = {"summary": json.loads((folder / "summary.json").read_text()), "set": args.set}
+        summary = json.loads((folder / "summary.json").read_text())
+        entry: dict[str, Any] = {"date": date.today().isoformat(), "summary": summary, "set": args.set}
         entry["train"] = shown(["train", *words], args.data.resolve(), work)
         if measuring:
             run(["eval", str(folder), *measuring, "--json", str(folder / "test.json")])
