@@ -357,9 +357,13 @@ def export(
     written = export_source(source, folder, choice=Choice(which, average), trust=trust)
     loader = loader_of(written)
     use = "generate {} --prompt '...'" if loader == "AutoModelForCausalLM" else "predict {} --input FILE --output FILE"
+    answers = loader.startswith("AutoModelFor")  # a body whose heads lie beside it, or a module of one's own, answers as a run
+    call = f"{loader}.from_pretrained({str(written)!r})"
+    if not loader.startswith("Auto"):
+        call = f"{loader}({str(min(written.glob('*.safetensors')))!r})"
     print(f"written  {written}")
-    print(f"next     distllm {use.format(written)}")
-    print(f"         {loader}.from_pretrained({str(written)!r})")
+    print(f"next     distllm {use.format(written if answers else source)}")
+    print(f"         {call}")
     return EXIT_OK
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -47,12 +46,17 @@ def child(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def imported(*argv: str) -> set[str]:
-    """The top-level modules that a command has imported when it ends."""
+def imported(*argv: str) -> list[str]:
+    """The modules that a command has imported when it ends."""
     code = f"import sys; from distllm.cli import run; run({list(argv)!r}); print(file=sys.stderr); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0
-    return {name.partition(".")[0] for name in done.stderr.splitlines()[-1].split()}
+    return done.stderr.splitlines()[-1].split()
+
+
+def packages(*argv: str) -> set[str]:
+    """The top-level modules among them."""
+    return {name.partition(".")[0] for name in imported(*argv)}
 
 
 def fake_training(monkeypatch: pytest.MonkeyPatch, body: Callable[[Any], int]) -> None:
@@ -72,8 +76,8 @@ def raising(error: BaseException) -> Callable[[Any], int]:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    assert not imported("--help") & (HEAVY | {"pydantic", "yaml"})
-    assert not imported("train", "--help") & (HEAVY | {"yaml"})  # newer typers take pydantic themselves, for options
+    assert not packages("--help") & (HEAVY | {"pydantic", "yaml"})
+    assert not packages("train", "--help") & (HEAVY | {"yaml"})  # newer typers take pydantic themselves, for options
 
 
 def test_config_errors_import_no_torch() -> None:
@@ -83,19 +87,13 @@ def test_config_errors_import_no_torch() -> None:
         ("generate", "./nowhere"), ("eval", "runs/nowhere", "--text", "x"), ("predict", "./nowhere", "--input", "a", "--output", "b"),
         ("report", "nowhere"),
     ):  # fmt: skip
-        assert not imported(*argv) & HEAVY, argv
+        assert not packages(*argv) & HEAVY, argv
 
 
-def test_help_and_config_errors_come_quickly() -> None:
+def test_help_and_config_errors_import_little() -> None:
+    """What they cost is what they import: about 330 modules are 0.13 s and 0.21 s (docs/benchmarks); torch alone is over 1,000."""
     for argv in (["--help"], ["train", "run.yaml", "train.stps=3"]):
-        seconds = []
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            child(*argv)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        # 0.15 s and 0.2 s of CPU on an idle machine; a busy one with shared cores takes up to twice that.
-        assert min(seconds) < 0.5, seconds
+        assert len(imported(*argv)) < 450, argv
 
 
 def test_help_names_commands_and_exit_codes() -> None:

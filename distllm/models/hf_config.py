@@ -162,6 +162,7 @@ def config_from_folder(folder: Path, model: ModelConfig, *, needs: Needs) -> Any
     problem = _unfit(config, needs) or _adopt_ids(config, needs)
     if problem:
         raise DataError(f"model.path={model.path}: {problem}")
+    _refuse_other_order(config, model, needs)
     _set_labels(config, needs)
     return config
 
@@ -218,6 +219,23 @@ def _adopt_ids(config: Any, needs: Needs) -> str | None:
     if needs.task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = roles.begin if roles.begin is not None else roles.pad
     return None
+
+
+def head_labels(architectures: Sequence[str] | None, id2label: Mapping[Any, str] | None) -> tuple[str, ...]:
+    """The names that a folder's classifier gives its classes, in the order of their numbers; none where it has no such head,
+    or names that only number them."""
+    if not architectures or not id2label or architectures[0] not in CLASSIFIES.names.values():
+        return ()
+    names = tuple(str(id2label[i]) for i in sorted(id2label, key=int))
+    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+
+
+def _refuse_other_order(config: Any, model: ModelConfig, needs: Needs) -> None:
+    """Refuse a head that answers the run's own labels in another order: each would begin as another."""
+    theirs, own = head_labels(config.architectures, config.id2label), tuple(needs.label_names)
+    if theirs != own and sorted(theirs) == sorted(own):
+        rule = f"the head of model.path={model.path} has them as {', '.join(theirs)}"
+        raise ConfigError([f"task.labels=[{', '.join(own)}]: {rule}; nearest: task.labels=[{', '.join(theirs)}]"])
 
 
 def _set_labels(config: Any, needs: Needs) -> None:

@@ -38,6 +38,8 @@ class LoadReport:
     """Parameters that were made from the seed: the name, with both shapes where the folder has another."""
     left_over: tuple[str, ...]
     """The folder's tensors that the model has no place for."""
+    head_was_for: tuple[str, ...] = ()
+    """The labels of a classifier's head that was taken, where the run's are others."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,22 @@ def load_report(spec: ModelSpec) -> LoadReport | None:
         heads = tuple(name for name in plan.new if in_head(spec, name))
         return LoadReport(len(persistent_names(model)) - len(heads), heads, ())
     _check(spec, plan, files)
-    return LoadReport(len(plan.found), tuple(plan.new.values()), tuple(plan.left_over))
+    taken = any(in_head(spec, name) and not POOLER.search(name) for name in plan.found)
+    return LoadReport(
+        len(plan.found), tuple(plan.new.values()), tuple(plan.left_over), _other_labels(spec) if taken else ()
+    )
+
+
+def _other_labels(spec: ModelSpec) -> tuple[str, ...]:
+    """The labels that the folder's classifier has, where the model's have other names."""
+    from distllm.models.hf_config import head_labels
+
+    assert spec.weights is not None
+    if spec.task != "classification" or spec.hf_config is None or not (spec.weights / "config.json").is_file():
+        return ()
+    facts = json.loads((spec.weights / "config.json").read_text(encoding="utf-8"))
+    theirs = head_labels(facts.get("architectures"), facts.get("id2label"))
+    return () if theirs == tuple(map(str, spec.hf_config.id2label.values())) else theirs
 
 
 def read_tensors(spec: ModelSpec, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

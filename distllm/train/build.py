@@ -47,7 +47,7 @@ from distllm.train.folder import (
 from distllm.train.host import memory_of, random_state, restore_random_state, seed_rank, tune_host
 from distllm.train.optim import make_optimizer, make_penalty
 from distllm.train.schedule import make_schedule
-from distllm.train.start import laid_out, with_start, with_teacher
+from distllm.train.start import as_the_user_named, laid_out, with_start, with_teacher
 from distllm.train.stopping import Best
 from distllm.train.tasks import Labels, Task, make_task, outputs_of
 from distllm.train.tune import apply_tune, first_tensors, learning_rate_scales, tuned_spec
@@ -122,7 +122,8 @@ def build(config: Config, world: World) -> Run:
     folder = comm.main_first(lambda: claim(config), world)
     log = open_log(folder.path, rank=world.rank, terminal=True)
     try:
-        return _assemble(config, world, resolved=resolved, folder=folder, log=log)
+        with as_the_user_named(config, folder):
+            return _assemble(config, world, resolved=resolved, folder=folder, log=log)
     except BaseException:
         close_log(log)
         raise
@@ -212,6 +213,8 @@ def _tell_loaded(report: LoadReport | None, log: logging.Logger) -> None:
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             log.info(f"{what}: {', '.join(names[:8])}{more}")
+    if report.head_was_for:
+        log.warning(f"the head that was taken answered {', '.join(report.head_was_for)}, and learns other labels now")
 
 
 def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:

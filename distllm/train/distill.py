@@ -85,8 +85,8 @@ def check_teacher(
     if config.task.kind in ("regression", "multi_task"):
         kind = config.task.kind
         problems.append(f"{key}: not with task.kind={kind}; probabilities to learn need one set of classes or tokens")
-    if tokenizers[0] != tokenizers[1]:
-        problems.append(f"{key}: has another tokenizer, whose ids mean other text; train with data.tokenizer of the teacher")
+    if problem := other_tokenizer(config, tokenizers):
+        problems.append(problem)
     own, theirs = labels
     if len(own) != len(theirs):
         problems.append(f"{key}: has {len(theirs)} labels and the student {len(own)}; use a teacher of the same classes")
@@ -99,6 +99,14 @@ def check_teacher(
         problems += _hidden_problems(config, student=student, teacher=teacher)
     if problems:
         raise ConfigError(problems)
+
+
+def other_tokenizer(config: Config, tokenizers: tuple[str, str]) -> str | None:
+    """What to say of a teacher with another tokenizer, given the digests of the student's and the teacher's; None of the same."""
+    if tokenizers[0] == tokenizers[1]:
+        return None
+    rule = "has another tokenizer, whose ids mean other text; train with data.tokenizer of the teacher"
+    return f"distill.teacher={config.distill.teacher}: {rule}"
 
 
 def _hidden_problems(config: Config, *, student: ModelSpec, teacher: ModelSpec) -> Iterator[str]:

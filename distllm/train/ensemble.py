@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, C classes, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,8 +29,8 @@ class Ensemble:
 
     @property
     def first(self) -> Source:
-        """The source whose config and tokenizer stand for all."""
-        return self.members[0]
+        """The source whose config and tokenizer stand for all; it asks for token types where any member takes them."""
+        return replace(self.members[0], token_types=any(member.token_types for member in self.members))
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Ensemble:
         Of several models the logits are the logarithm of the mean probability, for regression the mean number; for a
         multi_task model this holds for each of its heads.
         """
-        answers = [logits_of(m.model(**batch.to(m.device).inputs)) for m in self.members]
+        answers = [logits_of(m.model(**_taken(m, batch.to(m.device).inputs))) for m in self.members]
         if len(answers) == 1:
             return SimpleNamespace(logits=answers[0])
         config = self.first.config
@@ -68,6 +68,11 @@ class Ensemble:
 
     def _mean(self, answers: Sequence[torch.Tensor], *, number: bool) -> torch.Tensor:
         return mean_answer([a.to(self.first.device) for a in answers], self.weights, number=number)
+
+
+def _taken(member: Source, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs that a member takes: not all tell the two texts of a pair apart by token types."""
+    return {name: value for name, value in inputs.items() if name != "token_type_ids" or member.token_types}
 
 
 def mean_answer(logits: Sequence[torch.Tensor], weights: Sequence[float], *, number: bool) -> torch.Tensor:

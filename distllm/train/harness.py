@@ -9,8 +9,8 @@ from pathlib import Path
 
 from distllm.config.errors import ConfigError, DataError
 
-INSTALL = "pip install lm_eval"
-_TASK = re.compile(r"^task:\s*['\"]?([\w.-]+)", re.MULTILINE)
+INSTALL = "pip install 'distllm[harness]'"
+_TASK = re.compile(r"^task:[ \t]*['\"]?([\w.-]+)", re.MULTILINE)
 
 
 def run_harness(
@@ -34,7 +34,7 @@ def run_harness(
         DataError: a task cannot be run, such as one whose data cannot be fetched.
     """
     if kind not in ("causal_lm", "sft", "seq2seq"):
-        raise ConfigError([f"--harness: is for models that write text, and {folder} is for {kind}"])
+        raise ConfigError([f"--harness={','.join(tasks)}: is for models that write text, and this one is for {kind}"])
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -42,8 +42,9 @@ def run_harness(
         raise ConfigError([f"--harness: the package lm_eval is not installed ({error}); {INSTALL}"]) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_path=[str(path.resolve().parent) for path in files] or None)
     names = [_task_name(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
+    folders = [str(path.resolve().parent) for path in files]
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))  # its own take 4 s to list
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError([f"--harness={unknown[0]}: lm_eval has no such task; `lm_eval ls tasks` lists them"])
@@ -67,7 +68,7 @@ def figures_of(results: Mapping[str, Mapping[str, object]]) -> dict[str, float]:
         f"{task}.{name.removesuffix(',none')}": float(value)
         for task, figures in results.items()
         for name, value in figures.items()
-        if isinstance(value, int | float) and "_stderr" not in name
+        if "," in name and isinstance(value, int | float) and "_stderr" not in name  # metric,filter; sizes have no comma
     }
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from distllm import comm
 from distllm.checkpoint.find import find
 from distllm.comm import World
+from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import Config, ModelConfig
 from distllm.data.tokenizer import Roles
 from distllm.engine.native import DTYPES
@@ -19,7 +22,7 @@ from distllm.models.build import initial_tensors, resolve_spec
 from distllm.models.hf_folder import weights_folder
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh
-from distllm.train.distill import Teacher, build_teacher, check_teacher, showing_states, teacher_width
+from distllm.train.distill import Teacher, build_teacher, check_teacher, other_tokenizer, showing_states, teacher_width
 from distllm.train.folder import RunFolder, read_config, read_labels, read_tokenizer
 from distllm.train.inference import export_source, is_run
 from distllm.train.tasks import Labels, outputs_of
@@ -39,21 +42,35 @@ def with_start(config: Config, folder: RunFolder, world: World) -> Config:
     source = getattr(model, name)
     if source is None:
         return config
-    start = _kept(source, folder.path / "start", world, trust=model.spec is not None)
+    start = _kept(source, folder, "start", world, trust=model.spec is not None)
     return config.model_copy(update={"model": model.model_copy(update={name: str(start)})})
 
 
-def _kept(source: str, place: Path, world: World, *, trust: bool) -> Path | str:
-    """A model folder as it is; of a run or checkpoint the weights, written to `place` once by rank 0.
+def _kept(source: str, folder: RunFolder, name: str, world: World, *, trust: bool) -> Path | str:
+    """A model folder as it is; of a run or checkpoint the weights, written into the run folder as `name` once by rank 0.
 
-    A run that goes on later needs the one that it began from no more.
+    A run that goes on later needs the one that it began from no more. A start that failed may have named another.
     """
-    if place.is_dir():
-        return place
-    if not is_run(Path(source).expanduser()):
+    place, path = folder.path / name, Path(source).expanduser()
+    if folder.begun:
+        return place if place.is_dir() else source
+    comm.main_first(lambda: shutil.rmtree(place, ignore_errors=True), world)
+    if not is_run(path):
         return source
-    comm.main_first(lambda: str(export_source(str(Path(source).expanduser()), place, trust=trust)), world)
+    comm.main_first(lambda: str(export_source(str(path), place, trust=trust)), world)
     return place
+
+
+@contextmanager
+def as_the_user_named(config: Config, folder: RunFolder) -> Iterator[None]:
+    """Tell errors of the weights that were kept in the run folder by the name that the config has for them."""
+    kept, named = f"{folder.path / 'start'}", config.model.path or config.model.weights or ""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([problem.replace(kept, named) for problem in error.problems]) from error
+    except DataError as error:
+        raise DataError(str(error).replace(kept, named)) from error
 
 
 def with_teacher(
@@ -63,23 +80,32 @@ def with_teacher(
 
     Raises:
         ConfigError: a teacher with another vocabulary, other labels, or hidden states that cannot be matched.
+        DataError: there is no such model, or it is for another task.
     """
     source = config.distill.teacher
     if source is None:
         return spec, None
-    place = _kept(source, folder.path / "teacher", world, trust=config.model.spec is not None)
-    where = Path(place) if isinstance(place, Path) else weights_folder(source, trust=config.model.trust_remote_code)
+    place = _kept(source, folder, "teacher", world, trust=config.model.spec is not None)
+    where = place if isinstance(place, Path) else weights_folder(
+        source, trust=config.model.trust_remote_code, key="distill.teacher"
+    )  # fmt: skip
     model = ModelConfig(path=str(where), trust_remote_code=config.model.trust_remote_code)
     if not (where / "config.json").is_file():  # a module of the user's own
-        own = read_config(find(Path(source).expanduser(), logger=log).folder).model
-        model = ModelConfig(spec=own.spec, spec_args=own.spec_args, weights=str(where))
+        named = read_config(find(Path(source).expanduser(), logger=log).folder).model
+        model = ModelConfig(spec=named.spec, spec_args=named.spec_args, weights=str(where))
     taught = read_labels(Path(source).expanduser()).get("", labels.get("", ()))
-    teacher = resolve_spec(
-        config.model_copy(update={"model": model}), vocab_size=len(tokenizer.get_vocab()), labels=outputs_of({"": taught}),
-        roles=roles,
-    )  # fmt: skip
+    tokenizers = _ids(tokenizer), _ids(read_tokenizer(where))
+    if problem := other_tokenizer(config, tokenizers):  # first: ids that mean other text seldom fit the embedding either
+        raise ConfigError([problem])
+    try:
+        teacher = resolve_spec(
+            config.model_copy(update={"model": model}), vocab_size=len(tokenizer.get_vocab()), labels=outputs_of({"": taught}),
+            roles=roles,
+        )  # fmt: skip
+    except DataError as error:
+        raise DataError(str(error).replace(f"model.path={where}", f"distill.teacher={source}")) from error
     check_teacher(
-        config, student=spec, teacher=teacher, tokenizers=(_ids(tokenizer), _ids(read_tokenizer(where))),
+        config, student=spec, teacher=teacher, tokenizers=tokenizers,
         labels=(labels.get("", ()), taught),
     )  # fmt: skip
     if config.distill.hidden:

@@ -177,7 +177,8 @@ def main() -> None:
         ]
     record = {
         "what": "CPU-seconds a training step, distllm with its loader against a hand-written loop, interleaved",
-        "command": "python docs/benchmarks/overhead_tasks.py --data data", "date": date.today().isoformat(),
+        "command": f"python docs/benchmarks/overhead_tasks.py --data data --rounds {args.rounds} --steps {args.steps}",
+        "date": date.today().isoformat(),
         "versions": {"distllm": distllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "hardware": {"machine": platform.machine(), "threads": 1}, "results": results,
     }  # fmt: skip

@@ -5,8 +5,9 @@
 
 Trains each with `distllm train` and measures it with `distllm eval` on the test set, as a user would. A run that is done in
 the work folder is not trained again, so the script can be stopped and goes on. Writes tasks.json beside this file: for each
-run what its summary.json says, the test figures, and the commands. `--data` holds sst2/, multi30k/, wikitext2/ and
-tinyshakespeare/.
+run what its summary.json says, the test figures, and the commands; for the pre-trained encoder what always answering the most
+frequent token gets; for the students mean and spread over the seeds. The confusion matrix that `distllm eval` draws of
+sst2_minilm is kept as a picture. `--data` holds sst2/, multi30k/, wikitext2/ and tinyshakespeare/.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +28,11 @@ from typing import Any
 import torch
 
 import distllm
+from distllm.config.check import resolve_layout
+from distllm.data.batch import IGNORE
+from distllm.data.loader import open_samples, validation_batches
+from distllm.data.prepare import open_prepared
+from distllm.train.inference import open_source
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = str(Path(sys.executable).parent / "distllm")
@@ -73,6 +81,34 @@ def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], li
     return made
 
 
+def most_frequent(folder: Path) -> dict[str, Any]:
+    """What always answering the most frequent hidden token gets, on the validation samples that the run is measured on."""
+    opened = open_source(str(folder), device="cpu")
+    config = opened.config
+    samples = open_samples(
+        open_prepared(config), config, resolved=resolve_layout(config, 1), tokenizer=opened.tokenizer, decoder_start=None,
+        token_types=opened.token_types,
+    )  # fmt: skip
+    counts = torch.zeros(len(opened.tokenizer), dtype=torch.int64)
+    for batch in validation_batches(samples, micro_batch=64, dp_rank=0, dp_size=1, limit=0):
+        labels = batch.targets["labels"]
+        counts += torch.bincount(labels[labels != IGNORE], minlength=len(counts))
+    best = int(counts.argmax())
+    return {
+        "token": opened.tokenizer.decode([best]), "accuracy": counts[best].item() / counts.sum().item(),
+        "hidden_tokens": counts.sum().item(),
+    }  # fmt: skip
+
+
+def students(runs: dict[str, Any]) -> dict[str, Any]:
+    """Validation losses with and without the teacher, over the seeds."""
+    losses = {
+        how: [runs[f"student_{seed}{ending}"]["summary"]["val_loss"] for seed in SEEDS]
+        for how, ending in (("with the teacher", ""), ("alone", "_alone"))
+    }
+    return {how: {"losses": some, "mean": statistics.mean(some), "stdev": statistics.stdev(some)} for how, some in losses.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -85,7 +121,6 @@ def main() -> None:
     work = args.work.resolve()
     record: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"what": "tasks", "runs": {}}
     record |= {
-        "date": date.today().isoformat(),
         "versions": {"distllm": distllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
     }
@@ -95,14 +130,21 @@ def main() -> None:
         folder = work / "runs" / name
         words = [*training, f"out={work}/runs", f"data.store={work}/store", *args.set]
         run(["train", *words])
-        entry: dict[str, Any] = {"summary": json.loads((folder / "summary.json").read_text()), "set": args.set}
+        summary = json.loads((folder / "summary.json").read_text())
+        entry: dict[str, Any] = {"date": date.today().isoformat(), "summary": summary, "set": args.set}
         entry["train"] = shown(["train", *words], args.data.resolve(), work)
         if measuring:
             run(["eval", str(folder), *measuring, "--json", str(folder / "test.json")])
             entry["test"] = json.loads((folder / "test.json").read_text())
             entry["test"].pop("source", None)
+            if name == "sst2_minilm":
+                shutil.copy(folder / "report" / "confusion-test.png", args.out.with_name("confusion_sst2_minilm.png"))
             entry["eval"] = shown(["eval", str(folder), *measuring], args.data.resolve(), work)
+        if name == "encoder_pretrain":
+            entry["most_frequent"] = most_frequent(folder)
         record["runs"][name] = entry
+        if all(f"student_{seed}{ending}" in record["runs"] for seed in SEEDS for ending in ("", "_alone")):
+            record["students"] = students(record["runs"])
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

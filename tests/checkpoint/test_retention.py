@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -184,9 +183,7 @@ def test_a_live_attempt_keeps_its_files_and_its_folder(folder: Path) -> None:
         retention.hold(folder, wait_s=0.0)
     assert names(folder) == [".tmp-step-1-live-1"]
     os.write(stop_writer, b"1")
-    start = time.monotonic()
     retention.hold(folder)  # waits for a process that is on its way out
-    assert time.monotonic() - start < retention.LOCK_WAIT_S
     assert not died(live)
     for fd in (reader, writer, stop_reader, stop_writer):
         os.close(fd)

@@ -28,6 +28,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "electra": ENCODER | {"embedding_size": 16},
     "albert": ENCODER | {"embedding_size": 16},
     "deberta-v2": ENCODER | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "modernbert": ENCODER | {"local_attention": 8, "classifier_pooling": "mean"},
 }
 TRANSLATORS: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4},

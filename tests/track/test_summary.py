@@ -1,7 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from distllm.track.summary import Summary, duration, printable, render_summary
+from distllm.track.summary import Summary, duration, printable, render_summary, told
 
 RUN = Path("runs/quick start")
 FULL = Summary(
@@ -25,6 +25,11 @@ def test_plain_text_says_everything() -> None:
     ):  # fmt: skip
         assert part in text, part
     assert "\x1b" not in text and text.endswith("\n")
+
+
+def test_each_task_of_several_tells_its_first_figure() -> None:
+    figures = {"mood.samples": 4.0, "mood.accuracy": 0.5, "mood.f1_macro": 0.25, "score.pearson": 0.125, "score.mse": 2.0}
+    assert told(0.75, figures) == "loss 0.7500, mood.accuracy 50.0%, mood.f1 macro 25.0%, score.pearson 0.12"
 
 
 def test_what_is_not_known_is_not_told() -> None:

@@ -64,6 +64,7 @@ def task_section(name: str, files: dict[str, Path]) -> dict[str, Any]:
     bert, llama = {"type": "bert", "sizes": BERT}, {"type": "llama", "sizes": TINY}
     plain = {"kind": "text", "path": str(files["text.txt"]), "document": "paragraph"}
     return {
+        "causal_lm": {"task": {"kind": "causal_lm"}, "model": llama, "source": plain},
         "masked_lm": {"task": {"kind": "masked_lm"}, "model": bert, "source": plain},
         "translation_lm": {"task": {"kind": "translation_lm"}, "model": bert, "source": parallel},
         "classification": {"task": {"kind": "classification"}, "model": bert, "source": labelled},
@@ -98,9 +99,11 @@ def task_section(name: str, files: dict[str, Path]) -> dict[str, Any]:
 
 
 TASKS = (
-    "masked_lm", "translation_lm", "classification", "pairs", "decoder_classification", "word_vector", "lstm", "bag_of_words",
-    "regression", "marian", "t5", "gru", "sft", "multi_task",
+    "causal_lm", "masked_lm", "translation_lm", "classification", "pairs", "decoder_classification", "word_vector", "lstm",
+    "bag_of_words", "regression", "marian", "t5", "gru", "sft", "multi_task",
 )  # fmt: skip
+KINDS = ("causal_lm", "masked_lm", "translation_lm", "classification", "regression", "marian", "sft", "multi_task")
+"""One task of each kind."""
 
 
 def task_config(name: str, folder: Path, *, dropout: float = 0.0, **changes: dict[str, Any]) -> Config:

@@ -118,7 +118,7 @@ def test_long_texts_are_cut_as_asked_or_averaged_over_windows(place: Path, tmp_p
     parts = {"head": [text[:room]], "tail": [text[-room:]], "middle": [text[:23] + text[-23:]]}
     parts["window"] = [text[i : i + room] for i in range(0, 101, 36) if i == 0 or i + 10 < 101]
     stride = ensemble.first.config.data.model_copy(update={"stride": 10})
-    object.__setattr__(ensemble.first, "config", ensemble.first.config.model_copy(update={"data": stride}))
+    object.__setattr__(ensemble.members[0], "config", ensemble.first.config.model_copy(update={"data": stride}))
     for rule, pieces in parts.items():
         np.testing.assert_allclose(found(rule), probabilities(folder, pieces).mean(0), atol=2e-6, err_msg=rule)
 

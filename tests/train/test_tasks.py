@@ -9,16 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from distllm import cli
 from distllm.comm import World
 from distllm.config.schema import Config
 from distllm.train.inference import export_source
 from tests.ranks import on_ranks
 from tests.runs import metrics, run_tiny, state
-from tests.train.tasks import TASKS, task_config
+from tests.train.tasks import BERT, KINDS, TASKS, task_config
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-LAYOUTS = {"ddp": {"dp_replicate": 2, "dp_shard": 1}, "fsdp": {"dp_shard": 2}, "hsdp": {"dp_replicate": 2, "dp_shard": 2}}
+LAYOUTS = {
+    "ddp": {"dp_replicate": 2, "dp_shard": 1}, "fsdp": {"dp_shard": 2}, "hsdp": {"dp_replicate": 2, "dp_shard": 2},
+    "ddp4": {"dp_replicate": 4, "dp_shard": 1}, "fsdp4": {"dp_shard": 4},
+}  # fmt: skip
+SIZES = {"ddp": 2, "fsdp": 2, "hsdp": 4, "ddp4": 4, "fsdp4": 4}
 
 
 def figures(folder: Path) -> dict[str, list[float]]:
@@ -55,29 +61,94 @@ def test_every_task_gives_the_same_on_every_layout(task: str, tmp_path: Path) ->
     config = task_config(task, tmp_path)
     whole = trained(config, 1, tmp_path, name="whole")
     assert len(whole["loss"]) == 4 and all(map(math.isfinite, whole["loss"])) and whole["loss"][-1] != whole["loss"][0]
-    for name, layout in LAYOUTS.items():
-        size = 4 if name == "hsdp" else 2
-        train = {"micro_batch": 1} if task in ("multi_task", "gru", "sft") else {}  # a task may be missing in a micro-batch
-        close(whole, trained(config, size, tmp_path, name=name, layout=layout, train=train))
+    for name, size in SIZES.items():
+        if name.endswith("4") and task not in KINDS:
+            continue
+        # A task may be missing in a micro-batch; four ranks have two samples each.
+        train = {"micro_batch": 1} if task in ("multi_task", "gru", "sft") else {}
+        close(whole, trained(config, size, tmp_path, name=name, layout=LAYOUTS[name], train=train))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_resumes_bitwise_and_is_exported(task: str, tmp_path: Path) -> None:
-    config = task_config(task, tmp_path, dropout=0.1, train={"ema": 0.5})
-    trained(config, 1, tmp_path, name="whole")
-    first = config.model_dump(mode="json") | {"name": "cut"}
-    run_tiny(ALONE, Config.model_validate({**first, "train": {**first["train"], "steps": 2}, "schedule": {"name": "constant"}}))
-    whole = Config.model_validate({**first, "name": "straight", "schedule": {"name": "constant"}})
-    run_tiny(ALONE, whole)
-    run_tiny(ALONE, Config.model_validate({**first, "schedule": {"name": "constant"}}))
+    config = task_config(task, tmp_path, dropout=0.1, train={"ema": 0.5}, schedule={"name": "constant"})
+    cut_and_straight(config, ALONE)
     cut, straight = state(tmp_path / "runs" / "cut"), state(tmp_path / "runs" / "straight")
-    assert cut.keys() == straight.keys() and any(name.startswith("ema.") for name in cut)
-    assert all(np.array_equal(cut[name], straight[name]) for name in cut)
-    folder = export_source(str(tmp_path / "runs" / "whole"), tmp_path / "exported")
+    assert any(name.startswith("ema.") for name in cut)
+    equal(cut, straight)
+    folder = export_source(str(tmp_path / "runs" / "straight"), tmp_path / "exported")
     if config.model.spec is None and task != "multi_task":
-        import transformers
+        plain_transformers_loads(folder)
 
-        architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-        _, info = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-        assert len(transformers.AutoTokenizer.from_pretrained(folder).get_vocab()) >= 256
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("task", KINDS)
+def test_every_kind_of_task_resumes_bitwise_on_ranks(task: str, layout: str, tmp_path: Path) -> None:
+    config = task_config(task, tmp_path, dropout=0.1, layout=LAYOUTS[layout], schedule={"name": "constant"})
+    on_ranks(lambda world: cut_and_straight(config, world), 2, tmp_path / "ranks")
+    cut, straight = state(tmp_path / "runs" / "cut"), state(tmp_path / "runs" / "straight")
+    equal(cut, straight)
+    folder = export_source(str(tmp_path / "runs" / "cut"), tmp_path / "exported")
+    saved = load_file(folder / "model.safetensors")
+    assert saved and all(np.array_equal(straight[f"model.{name}"], tensor.numpy()) for name, tensor in saved.items())
+    if task != "multi_task":
+        plain_transformers_loads(folder)
+
+
+def test_a_student_learns_the_same_on_ranks_and_resumes_bitwise(tmp_path: Path) -> None:
+    teacher = task_config("classification", tmp_path, model={"sizes": BERT | {"hidden_size": 48}})
+    trained(teacher, 1, tmp_path, name="teacher")
+    distill = {"teacher": str(tmp_path / "runs" / "teacher"), "hidden": 0.5}
+    config = task_config("classification", tmp_path, distill=distill, schedule={"name": "constant"})
+    whole = trained(config, 1, tmp_path, name="whole")
+    assert whole["loss"] != trained(config, 1, tmp_path, name="alone", distill={"teacher": None, "hidden": 0.0})["loss"]
+    for name in ("ddp", "fsdp", "fsdp4"):
+        close(whole, trained(config, SIZES[name], tmp_path, name=name, layout=LAYOUTS[name]))
+    sharded = config.model_copy(update={"layout": config.layout.model_copy(update=LAYOUTS["fsdp"])})
+    on_ranks(lambda world: cut_and_straight(sharded, world), 2, tmp_path / "ranks")
+    equal(state(tmp_path / "runs" / "cut"), state(tmp_path / "runs" / "straight"))
+    plain_transformers_loads(export_source(str(tmp_path / "runs" / "cut"), tmp_path / "exported"))
+
+
+@pytest.mark.parametrize(
+    ("task", "call"),
+    [
+        ("classification", "AutoModelForSequenceClassification.from_pretrained('out')"),
+        ("multi_task", "AutoModel.from_pretrained('out')"),
+        ("word_vector", "safetensors.torch.load_file('out/model.safetensors')"),
+    ],
+)
+def test_an_export_says_what_loads_it(
+    task: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(task_config(task, tmp_path), 1, tmp_path, name="run")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.run(["export", "runs/run", "out"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].strip() == call
+    source = told[-2].split()[3]
+    assert source == ("out" if task == "classification" else "runs/run")
+    words = ["predict", source, "--input", "tables/source.txt", "--output", "o.tsv"]
+    assert cli.run([*words, "--task", "mood"] if task == "multi_task" else words) == 0
+
+
+def cut_and_straight(config: Config, world: World) -> None:
+    """Train as `straight`, and as `cut` in two attempts."""
+    for name, steps in (("straight", 4), ("cut", 2), ("cut", 4)):
+        train = config.train.model_copy(update={"steps": steps})
+        assert run_tiny(world, config.model_copy(update={"name": name, "train": train})) == 0
+
+
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a and a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def plain_transformers_loads(folder: Path) -> None:
+    import transformers
+
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    _, info = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert len(transformers.AutoTokenizer.from_pretrained(folder).get_vocab()) >= 256
