@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, ConfigError, DataError, DistllmError
-from distllm.faults import EXIT_INTERRUPTED, say, tell, tell_of_rank
+from distllm.faults import EXIT_INTERRUPTED, describe, say, tell, tell_of_rank
+from distllm.launch_options import launch as launch_command
 from distllm.options import (
     Average,
     Beams,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _EPILOG = (
     "Exit codes: 0 done · 1 a fault of distllm's own · 2 command line or config · 3 data, tokenizer or model files · "
     "4 checkpoint · 5 diverged · 6 disk full or not writable · 7 other ranks lost or not found · 8 out of memory · "
-    "9 verify: a layout differs · 75 stopped by a signal after saving (the same command continues) · 130 interrupted. "
+    "9 verify: a layout differs · 10 no progress · 75 stopped by a signal after saving (the same command continues) · 130 interrupted. "
     "--debug, anywhere, shows the traceback of an error."
 )
 
@@ -80,7 +81,12 @@ def run(argv: list[str]) -> int:
         say(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help")
         return EXIT_CONFIG
     except BaseException as error:  # DCP's CheckpointException is no Exception
-        return tell(error, debug=debug, silent=_later_rank() and isinstance(error, DistllmError))
+        code = tell(error, debug=debug, silent=_later_rank() and isinstance(error, DistllmError))
+        if "DISTLLM_LAUNCH" in os.environ:
+            from distllm.launched import report_end
+
+            report_end(code=code, lines=describe(error)[0])
+        return code
     if code == EXIT_INTERRUPTED and "DISTLLM_INIT_METHOD" not in os.environ:  # of local ranks, the launcher tells it
         say("interrupted")
     return code
@@ -399,6 +405,19 @@ def explain(
     return EXIT_OK
 
 
+app.command("launch", epilog=_EPILOG)(launch_command)
+
+
+@app.command(epilog=_EPILOG)
+def jobs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder that holds run folders.")] = Path("runs"),
+) -> int:
+    """List the runs of a folder: state, step, last loss."""
+    from distllm.jobs import show
+
+    return show(folder)
+
+
 @app.command(epilog=_EPILOG)
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> int:
     """Draw the curves of a run as pictures."""
@@ -420,14 +439,24 @@ def run_train(loaded: Loaded) -> int:
     Returns:
         The exit code. A rank of many does not return: it leaves the process with that code.
     """
+    from distllm.launched import requests_held
+
     _show_log()
+    with requests_held():  # before torch is imported: a request that comes early is obeyed after the first step
+        return _run_rank(loaded)
+
+
+def _run_rank(loaded: Loaded) -> int:
     from distllm import comm
+    from distllm.jobs import mark
+    from distllm.launched import report_end, tried_first
     from distllm.train.build import build
     from distllm.train.loop import train as train_loop
     from distllm.train.signals import hold_sigterm
     from distllm.watch.watch import Watch
 
-    config = loaded.config
+    config, lines = loaded.config, []
+    folder = Path(config.out) / config.name
     try:
         world = comm.start(config.device, timeout_s=config.train.timeout_s)
     except DistllmError:
@@ -438,12 +467,18 @@ def run_train(loaded: Loaded) -> int:
     if world.size > 1:
         hold_sigterm(world.place)
     try:
-        code = train_loop(build(config, world))
+        tried_first(world, shared=Path(config.out))
+        run = build(config, world)
+        mark(folder, "running", world=world)
+        code = train_loop(run)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BaseException as error:  # DCP's CheckpointException is no Exception
+        lines = describe(error)[0]
         code = tell_of_rank(error, watch, world=world, debug="--debug" in sys.argv)
     watch.stop()
+    mark(folder, "ended", world=world, code=code)
+    report_end(code=code, lines=lines)
     comm.stop(world, code=code)
     return code
 
@@ -483,20 +518,25 @@ def _show_log() -> None:
 
 
 def _world_size() -> int | None:
-    """The number of ranks that torchrun, or distllm's own launcher, has started; None where nobody has."""
-    text = os.environ.get("WORLD_SIZE")
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError([f"WORLD_SIZE={text}: must be a whole number above 0; nearest: unset WORLD_SIZE"])
-    if int(text) > 1 and not os.environ.get("RANK", "").isdecimal():
-        raise ConfigError([f"WORLD_SIZE={text}: is set, but RANK is not; nearest: unset WORLD_SIZE, or start with torchrun"])
-    return int(text)
+    """The number of ranks that a launcher has started; None where nobody has."""
+    from distllm.rank_facts import rank_facts
+
+    try:
+        facts = rank_facts()
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    return None if facts is None else facts.size
 
 
 def _later_rank() -> bool:
-    rank = os.environ.get("RANK", "0")
-    return "WORLD_SIZE" in os.environ and rank.isdecimal() and int(rank) > 0
+    """Whether another rank of the job tells what all ranks would."""
+    from distllm.rank_facts import rank_facts
+
+    try:
+        facts = rank_facts()
+    except ValueError:  # each is told that it would train by itself, by the first task of srun alone
+        return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
+    return facts is not None and facts.rank > 0
 
 
 def _local_devices(config: Config) -> int:

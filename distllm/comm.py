@@ -1,13 +1,15 @@
 """The life of the process group, the facts of a rank, and the few hand-made collectives.
 
-This is the only file below `launch.py` that reads the environment: what torchrun, or distllm's own launcher, tells a rank.
+What a launcher's environment says is read here, through `rank_facts`, and nowhere below.
 Every function does nothing when the world has one rank, so one process and many are one code path.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from distllm.interfaces import interface_toward
+from distllm.rank_facts import RankFacts, rank_facts
 
 T = TypeVar("T")
 
@@ -72,31 +77,80 @@ def start(device: str = "auto", *, timeout_s: float = 120.0) -> World:
         The facts of this rank.
 
     Raises:
-        ValueError: cuda was asked for and there is none, or fewer than local ranks.
+        ValueError: cuda was asked for and there is none, or fewer than local ranks; the launcher's variables contradict
+            each other; the port of the meeting point is in use.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    facts = rank_facts() or RankFacts("", 0, 1, 0, 1, "env://", "127.0.0.1", 0)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: no CUDA device is available here; use device=cpu or device=auto")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+    if kind == "cuda" and facts.local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            f"local rank {facts.local_rank}: this machine has {torch.cuda.device_count()} CUDA devices; "
             "start at most that many ranks on it"
         )
-    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    target = torch.device(kind, facts.local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(target)
-    if size > 1:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-            init_method=os.environ.get("DISTLLM_INIT_METHOD", "env://"),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout_s),
-        )
-    return World(rank, size, local_rank, local_size, target)
+    if facts.size > 1:
+        _join(facts, "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timedelta(seconds=timeout_s))
+    return World(facts.rank, facts.size, facts.local_rank, facts.local_size, target)
+
+
+def _join(facts: RankFacts, backend: str, timeout: timedelta) -> None:
+    """Meet the other ranks, over the interface that leads to the meeting point."""
+    if facts.meet != "env://":
+        _use_interface("127.0.0.1")  # a file is the meeting point of one machine
+        dist.init_process_group(backend, init_method=facts.meet, rank=facts.rank, world_size=facts.size, timeout=timeout)
+    else:
+        _use_interface(facts.address)
+        store = _store(facts, timeout)
+        dist.init_process_group(backend, store=store, rank=facts.rank, world_size=facts.size, timeout=timeout)
+    # A rank that fails at once, and leaves, would break the connecting of those that are slower; so all wait here, on the CPU.
+    dist.all_reduce(torch.zeros(1))
+
+
+def _use_interface(address: str) -> None:
+    """Let gloo listen where the job's network is: by itself it takes what the host's own name resolves to."""
+    name = interface_toward(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _store(facts: RankFacts, timeout: timedelta) -> dist.TCPStore:
+    """The store at MASTER_ADDR:MASTER_PORT; rank 0 serves it on that address alone, where torch would on all interfaces.
+
+    Source: https://github.com/pytorch/pytorch/issues/173909 (a TCPStore ignores its host name when it binds).
+    """
+    serves = facts.rank == 0 and not facts.agent_store
+    listener = _listener(facts.address, facts.port) if serves else None
+    return dist.TCPStore(
+        facts.address, facts.port, facts.size, serves, timeout,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )  # fmt: skip
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    """A listening socket on one address; on all where the address belongs to no interface of this machine."""
+    family, _, _, _, target = _resolve(address, port)
+    try:
+        return socket.create_server(target[:2], family=family, backlog=1024)
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:  # such as an address that a router maps to this machine
+            return socket.create_server(("", port), family=family, backlog=1024)
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"MASTER_PORT={port}: another program listens there on {address}; nearest: another port, "
+                "such as distllm launch --port or MASTER_PORT gives"
+            ) from error
+        raise
+
+
+def _resolve(address: str, port: int) -> Any:
+    try:
+        return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(f"MASTER_ADDR={address}: this name has no address here; nearest: the first node's IP address") from error
 
 
 def local_store() -> str | None:

@@ -12,9 +12,11 @@ import torch
 
 from distllm import generate
 from distllm.checkpoint.find import candidates
-from distllm.comm import broadcast
+from distllm.comm import broadcast, gather
 from distllm.config.trust import own_code
 from distllm.evaluate import Evaluation
+from distllm.rank_facts import node_name
+from distllm.track.node_use import NodeUse, node_summaries
 from distllm.track.summary import Summary, render_summary
 from distllm.train.build import Position, Run
 from distllm.train.tasks import WRITES
@@ -71,6 +73,12 @@ def _activation() -> str | None:
     """What to type before `distllm` is found, if it is not."""
     inside = sys.prefix != sys.base_prefix and shutil.which("distllm") is None
     return f"source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate" if inside else None
+
+
+def tell_nodes(run: Run, use: NodeUse) -> None:
+    """Record what each node gave to the run; all ranks call it, and rank 0 writes."""
+    peak = int(torch.cuda.max_memory_allocated(run.world.device)) if run.world.device.type == "cuda" else None
+    run.tracker.summary(node_summaries(gather(use.read(node=node_name(), device_peak=peak), run.world)))
 
 
 def tell_end(

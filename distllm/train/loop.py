@@ -11,10 +11,11 @@ from distllm.comm import Agreement
 from distllm.config.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, DivergedError
 from distllm.data.loader import Step, step_batches
 from distllm.engine.base import Skipped, StepOut
+from distllm.track.node_use import NodeUse
 from distllm.track.noise import NoiseScale
 from distllm.track.progress import Progress
 from distllm.train.build import Position, Run, close, save
-from distllm.train.ending import sample_text, tell_end, tell_if_done
+from distllm.train.ending import sample_text, tell_end, tell_if_done, tell_nodes
 from distllm.train.signals import StopRequest
 from distllm.train.validate import validate
 
@@ -49,7 +50,7 @@ def train_steps(run: Run) -> int:
     at, step, clock, place = run.start, engine.updates, _Clock(run.start.seconds), run.world.place
     agreement, stopping, saved = Agreement(run.world, flags=3), False, False
     enough = 0 < t.patience <= at.best.bad
-    noise_scale = NoiseScale()
+    noise_scale, node_use = NoiseScale(), NodeUse()
     keeps_best = t.keep_best or t.patience > 0
     rhythms = (t.log_every, t.eval_every, t.sample_every, every)
     bar = Progress(t.steps, start=step, terminal=run.world.is_main)
@@ -99,6 +100,7 @@ def train_steps(run: Run) -> int:
         place.enter("end")
         run.checkpoints.wait()
     code = EXIT_STOPPED if stopping else EXIT_OK
+    tell_nodes(run, node_use)
     tell_end(run, at, last, sample, seconds=clock.total(), stopped=(request.received or "another rank") if stopping else None)
     return code
 

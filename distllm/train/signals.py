@@ -37,6 +37,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        if hasattr(signal, "pthread_sigmask"):  # one that came while the rank was starting comes now
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         return self
 
     def __exit__(

@@ -1,0 +1,113 @@
+"""The script that sbatch takes: one attempt of a job, which the next one continues."""
+
+from __future__ import annotations
+
+from distllm.launch.commands import Place, command
+from distllm.launch.job import Job
+from distllm.launch.script import FOLDER, MEET, comment, exports, folded, meet_in_files, ranks
+from distllm.launch.settings import settings
+from distllm.launch.words import Shell, quoted
+
+
+def sbatch_script(job: Job) -> str:
+    """The text for sbatch.
+
+    Args:
+        job: checked by `problems`; every field in an #SBATCH line has been matched against a narrow form.
+    """
+    lines = [
+        "#!/usr/bin/env bash",
+        *comment(
+            f"{job.name} under SLURM: {ranks(job)}, started by {job.by}. Copy it, edit it, and give it to sbatch."
+        ),
+        *[f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in directives(job)],
+        "set -uo pipefail",
+        f"python={quoted([job.python])}",
+        *_names(job),
+        "export DISTLLM_LAUNCH",
+        *(meet_in_files() if job.nodes == 1 else []),
+        *exports([s for s in settings(job, folder=FOLDER, meet=MEET, master=None) if s.name != "DISTLLM_LAUNCH"]),
+        f"export OMP_NUM_THREADS={max(1, job.slurm.cpus)}  # the cores of a rank",
+        "",
+        *comment(
+            "Where the ranks meet: the first node and a free port of it. An attempt that follows too many without"
+        ),
+        *comment("progress ends here."),
+        f'meet=$("$python" -m distllm.launch.attempt begin {FOLDER} --run "$run" --slots {job.ranks}'
+        f" --attempts {job.slurm.attempts}) || exit",
+        'read -r MASTER_ADDR MASTER_PORT <<< "$meet"',
+        "export MASTER_ADDR MASTER_PORT",
+        "",
+        *comment(
+            "SIGUSR1 comes before the time limit. It is for the ranks: this shell and the launchers must not die of it."
+        ),
+        *comment("SIGTERM comes with scancel and with pre-emption: then nothing is requeued from here."),
+        "asked=none",
+        "trap '' USR1",
+        "trap 'asked=TERM' TERM",
+        "# shellcheck disable=SC2016  # each node's own shell puts its number in",
+        *_step(job),
+        "code=$?",
+        "",
+        *comment(
+            "Tell the failure that came first. After a stop on request: requeue, by scontrol, else by sbatch, else by"
+        ),
+        *comment("exit code 75 (RequeueExit=75 in slurm.conf)."),
+        f'"$python" -m distllm.launch.attempt end {FOLDER} --run "$run" --code "$code" --asked "$asked"'
+        f' --attempts {job.slurm.attempts} --script "$0"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def directives(job: Job) -> list[tuple[str, str]]:
+    """The options of sbatch, in order."""
+    s = job.slurm
+    per_node = job.ranks if job.by == "srun" else 1
+    found = [("job-name", job.name), ("nodes", str(job.nodes)), ("ntasks-per-node", str(per_node))]
+    if s.cpus:
+        found.append(("cpus-per-task", str(s.cpus * (1 if job.by == "srun" else job.ranks))))
+    if job.device == "cuda":
+        found.append(("gpus-per-node", str(job.ranks)))
+    found += [(key, value) for key in ("partition", "account", "qos", "time") if (value := getattr(s, key))]
+    if s.sweep:
+        found.append(("array", f"0-{len(s.sweep) - 1}" + (f"%{s.at_once}" if s.at_once else "")))
+    log = "%x-%A_%a.log" if s.sweep else "%x-%j.log"  # here: SLURM makes no folder for it
+    found += [
+        ("output", log), ("open-mode", "append"), ("requeue", ""), ("signal", f"USR1@{s.lead_s}"),
+        ("export", ",".join((*job.forward, "DISTLLM_LAUNCH"))),
+    ]  # fmt: skip
+    return [*found, *s.options]
+
+
+def _names(job: Job) -> list[str]:
+    """The run folder and the launch's folder; of an array, those of this element."""
+    out = quoted([job.out])
+    if not job.slurm.sweep:
+        return [
+            f"run={out}/{job.name}",
+            f"DISTLLM_LAUNCH=${{DISTLLM_LAUNCH:-{out}/.launch/{job.name}/$SLURM_JOB_ID}}  # a requeued job finds its own again",
+        ]
+    cases = [f"  {index}) sweep=({quoted(words)}) ;;" for index, words in enumerate(job.slurm.sweep)]
+    return [
+        *comment("This element of the array: the last one carries the array's own id, so these two name it."),
+        'case "$SLURM_ARRAY_TASK_ID" in',
+        *cases,
+        "  *) exit 2 ;;",
+        "esac",
+        f"name={job.name}-$SLURM_ARRAY_TASK_ID",
+        f"run={out}/$name",
+        f"DISTLLM_LAUNCH=${{DISTLLM_LAUNCH:-{out}/.launch/$name/$SLURM_ARRAY_JOB_ID}}",
+    ]
+
+
+def _step(job: Job) -> list[str]:
+    """The srun line: a launcher on every node, or every rank itself."""
+    place = Place(Shell('"$SLURM_NODEID"'), Shell('"$MASTER_ADDR"'), Shell('"$MASTER_PORT"'), FOLDER, MEET)
+    inner = [Shell('"$0"'), *command(job, place, words=(Shell('"$@"'),))[1:]]
+    options = ["srun", "--export=ALL", "--kill-on-bad-exit=1"]
+    if job.slurm.cpus:
+        options.append(Shell('--cpus-per-task="$SLURM_CPUS_PER_TASK"'))  # since 22.05 srun takes it from nowhere else
+    words = [*job.words, *([Shell('"name=$name"'), Shell('"${sweep[@]}"')] if job.slurm.sweep else [])]
+    script = f"'trap \"\" USR1\nexec {folded(inner)}'"
+    head = quoted([*options, "bash", "-c"])
+    return [f"{head} {script} {folded([Shell(chr(34) + '$python' + chr(34)), *words])}"]
