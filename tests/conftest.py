@@ -8,6 +8,29 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
+from tests.launch.cluster import missing
+
+_WHY = pytest.StashKey[str]()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of SLURM out, and say why, where there can be none."""
+    wanted = [item for item in items if item.get_closest_marker("slurm")]
+    why = missing() if wanted else ""
+    if why:
+        items[:] = [item for item in items if item not in wanted]
+        config.hook.pytest_deselected(items=wanted)
+        config.stash[_WHY] = f"{len(wanted)} tests of SLURM are left out: {why}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The reason for what was left out."""
+    if _WHY in config.stash:
+        terminalreporter.write_line(config.stash[_WHY])
+
+

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# quickstart on this machine: 2 ranks, started by deepspeed.
+# Copy it and edit it, or let `distllm launch ... --on local --print` write it.
+set -euo pipefail
+
+DISTLLM_MEET=$(mktemp -d)
+export DISTLLM_MEET
+trap 'rm -rf -- "$DISTLLM_MEET"' EXIT
+export DISTLLM_RANKS=2  # a launcher that starts another number, or single processes, is refused
+export DISTLLM_LAUNCH="$DISTLLM_MEET"  # each rank writes here how it ended, so that the first failure is told first
+export DISTLLM_PREFLIGHT=1  # versions, an all-reduce and the shared folder are tried before training
+export DISTLLM_INIT_METHOD=file://"$DISTLLM_MEET"/store  # the ranks meet in a file: no port is opened
+export OMP_NUM_THREADS=1  # the cores of a node, shared by its ranks
+export GLOO_SOCKET_IFNAME=lo  # gloo's connections stay on this machine
+export DS_ACCELERATOR=cpu  # DeepSpeed does not look for GPUs
+printf '%s\n' 'localhost slots=2' > "$DISTLLM_LAUNCH"/hostfile
+
+# SIGUSR1 asks the ranks to save and end. The launcher must not die of it, and would leave them behind.
+trap '' USR1
+python -m deepspeed.launcher.runner --quiet --no_ssh --hostfile="$DISTLLM_LAUNCH"/hostfile --node_rank=0 \
+  --master_addr=127.0.0.1 --master_port=29500 --no_local_rank --module distllm train configs/quickstart.yaml \
+  layout.dp_shard=2 device=cpu

@@ -1,0 +1,32 @@
+"""Requests that come before the loop listens."""
+
+from __future__ import annotations
+
+import signal
+
+from distllm.train.signals import StopRequest, requests_held
+
+
+def test_a_request_before_the_loop_is_obeyed_in_it() -> None:
+    with requests_held():
+        signal.raise_signal(signal.SIGUSR1)
+        with StopRequest() as request:
+            assert request.received == "SIGUSR1"
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_launcher_that_ignores_it_does_not_make_the_rank_miss_it() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with requests_held():
+            signal.raise_signal(signal.SIGUSR1)
+            with StopRequest() as request:
+                assert request.received == "SIGUSR1"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_one_that_no_loop_took_is_dropped() -> None:
+    with requests_held():
+        signal.raise_signal(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL and signal.SIGUSR1 not in signal.sigpending()
