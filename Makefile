@@ -9,7 +9,7 @@ help:
 	@echo "make setup       create $(VENV) and install distllm with its development tools"
 	@echo "make quickstart  train a small model on this machine, at most 3 minutes after the install"
 	@echo "make test        run the tests"
-	@echo "make lint        ruff, mypy and the import floors"
+	@echo "make lint        ruff, mypy, the import floors, shellcheck and hadolint"
 	@echo "make bench       time distllm's step against a hand-written loop"
 	@echo "make test-gpu    run the tests that need a GPU"
 
@@ -32,6 +32,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run launch/*.sh launch/slurm.sbatch
+	$(BIN)/hadolint docker/Dockerfile
 
 bench: setup
 	$(BIN)/python docs/benchmarks/overhead.py
