@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from distllm.train.signals import StopRequest, requests_held
+from distllm.launched import requests_held
+from distllm.train.signals import StopRequest
 
 
 def test_a_request_before_the_loop_is_obeyed_in_it() -> None:
