@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, ConfigError, DataError, DistllmError
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_LOST, EXIT_OK, ConfigError, DataError, DistllmError
 from distllm.faults import EXIT_INTERRUPTED, describe, say, tell, tell_of_rank
 from distllm.launch_options import launch as launch_command
 from distllm.options import (
@@ -463,7 +463,10 @@ def _run_rank(loaded: Loaded) -> int:
         raise
     except ValueError as error:  # a device that this machine does not have
         raise ConfigError([str(error)]) from error
-    watch = Watch(world, lost_s=config.train.lost_s, stall_s=config.train.stall_s)
+    watch = Watch(
+        world, lost_s=config.train.lost_s, stall_s=config.train.stall_s,
+        leaving=lambda: report_end(code=EXIT_LOST, lines=["lost another rank"]),
+    )  # fmt: skip
     if world.size > 1:
         hold_sigterm(world.place)
     try:

@@ -40,14 +40,18 @@ _DISK_S = 2.0  # a file system that hangs does not hold up the end
 class Watch:
     """Watches over the ranks of a world until `stop`; of a world of one it does nothing."""
 
-    def __init__(self, world: World, *, lost_s: float, stall_s: float) -> None:
+    def __init__(
+        self, world: World, *, lost_s: float, stall_s: float, leaving: Callable[[], None] | None = None
+    ) -> None:
         """Begin. A collective call, from the thread that trains.
 
         Args:
             world: this rank, whose process group has been started.
             lost_s: seconds without a sign of life after which a rank is lost.
             stall_s: seconds after which a rank is blamed that stands still while another waits for it.
+            leaving: called before the watch ends this process, which nothing after it can be.
         """
+        self._leaving = leaving
         self._world, self._lost_s, self._stall_s = world, lost_s, stall_s
         self._look_s = min(1.0, lost_s / 5)
         self._stopping = threading.Event()
@@ -237,6 +241,8 @@ class Watch:
         except (RuntimeError, OSError):
             pass
         _in_time(sys.stdout.flush, None)
+        if self._leaving is not None:
+            _in_time(self._leaving, None)
         os._exit(EXIT_LOST)
 
 

@@ -103,6 +103,10 @@ class Cluster:
     def clear(self) -> None:
         """End all jobs, and wait until both nodes are free."""
         self.run("scancel", "--user=root", check=False)
+        self.both_idle()
+
+    def both_idle(self) -> None:
+        """Wait until no node is in use or down."""
         deadline = time.monotonic() + 60
         while self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).strip() != "2":
             assert time.monotonic() < deadline, self.run("sinfo", check=False)
