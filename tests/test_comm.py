@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from distllm import comm
 from distllm.comm import Agreement, World
 from distllm.config.errors import ConfigError, DataError
+from distllm.interfaces import interface_toward
 from tests.ranks import on_ranks
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -82,3 +84,33 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device=cuda: no CUDA device is available here; use device=cpu"):
         comm.start("cuda")
     assert comm.start("auto").device == torch.device("cpu")
+
+
+def test_the_meeting_point_is_served_on_its_own_address_alone() -> None:
+    with comm._listener("127.0.0.1", 0) as listener:
+        address, port = listener.getsockname()
+        assert address == "127.0.0.1"
+        with pytest.raises(ValueError, match=f"MASTER_PORT={port}: another program listens there on 127.0.0.1; nearest: "):
+            comm._listener("127.0.0.1", port)
+    with comm._listener("192.0.2.1", 0) as listener:  # of a documentation network: no interface here has it
+        assert listener.getsockname()[0] == "0.0.0.0"
+    with pytest.raises(ValueError, match=r"MASTER_ADDR=no-such\.invalid: this name has no address here"):
+        comm._listener("no-such.invalid", 0)
+
+
+def test_the_interface_is_the_one_that_leads_to_the_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    if interface_toward("127.0.0.1") is None:  # another system than Linux: gloo chooses by itself
+        return
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    comm._use_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    comm._use_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"  # the user's choice stands
+    assert interface_toward("no-such.invalid") is None
+
+
+def test_a_rank_whose_launcher_started_another_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTLLM_RANKS", "2")
+    with pytest.raises(ValueError, match="DISTLLM_RANKS=2: the job was planned for 2 ranks and this process is in a world of 1"):
+        comm.start("cpu")
