@@ -67,7 +67,7 @@ def test_ranks_of_several_nodes_meet_at_the_first(job: Path, monkeypatch: pytest
 def test_a_job_without_progress_stops_at_its_begin(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(job.parent, 5)
     assert [begin(job), begin(job)] == [0, 0]
-    assert begin(job) == 9
+    assert begin(job) == 10
     told = capsys.readouterr().err
     assert told.startswith("distllm: no progress: the last 2 attempts all began at step 5 and saved nothing further, so the job stops")
     saved(job.parent, 6)
@@ -113,7 +113,7 @@ def test_without_progress_nothing_is_requeued(job: Path) -> None:
     stub(job, "scontrol")
     assert [begin(job), begin(job)] == [0, 0]
     write_report(job, Report(0, "n1", 75))
-    assert end(job, 75) == 9
+    assert end(job, 75) == 10
     assert not (job.parent / "called").exists()
 
 
