@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 _EPILOG = (
     "Exit codes: 0 done · 1 a fault of distllm's own · 2 command line or config · 3 data, tokenizer or model files · "
     "4 checkpoint · 5 diverged · 6 disk full or not writable · 7 other ranks lost or not found · 8 out of memory · "
-    "9 verify: a layout differs · 10 no progress · 75 stopped by a signal after saving (the same command continues) · 130 interrupted. "
+    "9 verify: a layout differs · 10 no progress · 75 stopped by a signal after saving (the same command continues) · "
+    "130 interrupted. "
     "--debug, anywhere, shows the traceback of an error."
 )
 
