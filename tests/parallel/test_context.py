@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from distllm.comm import World
 from distllm.config.errors import ConfigError
+from distllm.config.schema import ActivationConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.data.collate import collate
 from distllm.models.attention import Attention
@@ -185,7 +186,7 @@ def test_with_sharded_data_parallelism_on_meta(method: Method, tmp_path: Path) -
             model = spec.build().double()
         assert apply_cp(model, mesh, method=method) is model
         blocks = find_blocks(model, spec=spec)
-        apply_activation_checkpointing(blocks, mode="full", every=1)
+        apply_activation_checkpointing(blocks, ActivationConfig(mode="full"))
         apply_fsdp(model, mesh, blocks=blocks, compute_dtype=torch.float64, reshard_after_forward=True)
         fill(model, initial_tensors(spec, seed=1), device=torch.device("cpu"))
         return run(model, cut_batch(rows(mesh.dp_rank, documents=True), mesh, method=method))
@@ -205,7 +206,7 @@ def test_compiled_and_recomputed_blocks_send_as_often_as_formulas_say(tmp_path: 
         mesh = cp_mesh(world)
         model = apply_cp(made(spec).double(), mesh, method="ring")
         blocks = find_blocks(model, spec=spec)
-        apply_activation_checkpointing(blocks, mode="full", every=1)
+        apply_activation_checkpointing(blocks, ActivationConfig(mode="full"))
         for block in blocks:
             block.compile(backend="aot_eager")
         batch = cut_batch(rows(0, documents=False), mesh, method="ring")

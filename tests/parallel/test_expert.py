@@ -27,6 +27,7 @@ from distllm.parallel.balance import RouterWatch
 from distllm.parallel.data import shard_dim
 from distllm.parallel.expert import apply_ep, check_experts, expert_modules, grouped_linear
 from distllm.parallel.mesh import AXES, build_mesh
+from distllm.parallel.parallelize import Parallel
 from tests.parallel.moe import (
     EXPERTS,
     SEQ,
@@ -71,7 +72,8 @@ def test_any_layout_gives_the_gradients_of_one_process(family: str, sizes: dict[
         parameters = LocalParameters(model)
         parameters.refresh()
         names = sorted(model.state_dict())
-        chunks = {name: chunk_of(local_part(p), like=p, rank=world.rank) for name, p in model.named_parameters()}
+        laid = Parallel(model, (model,), model, mesh, mesh.shards is not None)
+        chunks = {n: chunk_of(local_part(p), like=p, write=laid.writes(n, p)) for n, p in model.named_parameters()}
         written = {name: (c.offset, c.data.numpy().copy()) for name, c in chunks.items() if c.write}
         return float(total), gradients(model), float(parameters.squared_norm()), names, written
 
