@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from distllm.config.check_layout import LAYOUT_RULES, pipeline_fits
+from distllm.config.check_layout import LAYOUT_RULES, pipeline_fits, schedule_file
 from distllm.config.check_task import TABLES, TASK_RULES
 from distllm.config.errors import ConfigError
 from distllm.config.kinds import shown
@@ -58,7 +58,12 @@ def check(config: Config, *, world_size: int | None = None) -> list[str]:
     problems = [problem for rule in RULES for problem in rule(config)]
     sizes, trouble = _axes(config, world_size)
     dp_size = sizes[0] * sizes[1] * config.layout.ep if sizes is not None else None
-    return [*problems, *trouble, *(_batch(config, dp_size)[1] if not trouble else [])]
+    if trouble:
+        return [*problems, *trouble]
+    (accumulation, _), trouble = _batch(config, dp_size)
+    if not trouble and dp_size is not None:
+        trouble = [*pipeline_fits(config, accumulation=accumulation), *schedule_file(config, accumulation=accumulation)]
+    return [*problems, *trouble]
 
 
 def resolve_layout(config: Config, world_size: int) -> Resolved:

@@ -26,8 +26,20 @@ def context_problems(
     if seq_len % parts:
         rule = f"must be a multiple of {parts}, because {method} over layout.cp={cp} cuts it in {parts}"
         yield f"data.seq_len={seq_len}: {rule}; nearest: {max(parts, parts * round(seq_len / parts))}"
-    if method != "ulysses" or heads is None or heads % tp:
-        return  # a tp that does not divide the heads is told by tensor parallelism
+    if method == "ulysses" and heads is not None:
+        yield from ulysses_problems(heads, cp=cp, tp=tp)
+
+
+def ulysses_problems(heads: int, *, cp: int, tp: int) -> Iterator[str]:
+    """What is wrong with spreading the heads of a layer.
+
+    Args:
+        heads: query heads of a layer.
+        cp: context-parallel ranks.
+        tp: tensor-parallel ranks, which spread the heads first.
+    """
+    if heads % tp:
+        return  # told by tensor parallelism
     here = heads // tp
     if here % cp:
         near = min((d for d in range(1, here + 1) if here % d == 0), key=lambda d: (abs(d - cp), d))

@@ -1,22 +1,27 @@
 """What a layout cannot be together with: rules of the same shape as those of `check.py`, which calls them.
 
-What only the model can say (its heads, its blocks, its experts) is checked when the model is known, in
-`parallel/fits.py`; where `model.sizes` spells it out it is told here.
+What only the model can say (its heads, its blocks, its experts) is checked when the model is known, by
+`refuse_misfits` in `parallel/parallelize.py`; where `model.sizes` spells it out it is told here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from distllm.config.check_activation import activation_problems
 from distllm.config.check_context import context_problems
 from distllm.config.check_expert import expert_problems, experts_in
 from distllm.config.check_pipeline import schedule_problems, virtual_stages
 from distllm.config.check_task import packed
+from distllm.config.errors import ConfigError
+from distllm.config.schedule_csv import read_order
 from distllm.config.schema import Config
 
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 """The names that families give their number of query heads."""
+BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""The names that families give their number of blocks."""
 
 
 def _tensor(config: Config) -> Iterator[str]:
@@ -71,8 +76,16 @@ def _pipeline(config: Config) -> Iterator[str]:
         yield f"layout.pp_schedule={layout.pp_schedule}: pp_schedule csv and pp_csv go together; nearest: {near}"
     virtual = virtual_stages(layout.pp_schedule, layout.pp_virtual)
     stages = layout.pp * virtual
-    if layout.pp_split and layout.pp_schedule != "csv" and len(layout.pp_split) != stages:
-        yield f"layout.pp_split={list(layout.pp_split)}: must have a number for each of the {stages} stages; nearest: null"
+    if layout.pp_schedule == "csv":
+        return  # the file says how many stages there are
+    blocks = next((config.model.sizes[n] for n in BLOCKS if n in config.model.sizes), None)
+    if isinstance(blocks, int) and blocks < stages:
+        rule = f"{stages} stages need a block each, and model.sizes has {blocks}"
+        yield f"layout.pp={layout.pp}: {rule}; nearest: {max(1, blocks // virtual)}"
+    elif layout.pp_split and len(layout.pp_split) != stages:
+        yield f"layout.pp_split={list(layout.pp_split)}: must have a number for each of the {stages} stages; nearest: []"
+    elif layout.pp_split and isinstance(blocks, int) and sum(layout.pp_split) != blocks:
+        yield f"layout.pp_split={list(layout.pp_split)}: must add up to the model's {blocks} blocks; nearest: []"
 
 
 def _experts(config: Config) -> Iterator[str]:
@@ -116,6 +129,22 @@ def pipeline_fits(config: Config, *, accumulation: int) -> Iterator[str]:
     yield from schedule_problems(
         layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=accumulation, compiled=config.train.compile
     )
+
+
+def schedule_file(config: Config, *, accumulation: int) -> Iterator[str]:
+    """What is wrong with a schedule from a file.
+
+    Args:
+        config: `layout` is read, and the file that it names.
+        accumulation: micro-batches of a step.
+    """
+    layout = config.layout
+    if layout.pp == 1 or layout.pp_schedule != "csv" or layout.pp_csv is None:
+        return  # told by `_unused` and `_pipeline`
+    try:
+        read_order(Path(layout.pp_csv), pp=layout.pp, microbatches=accumulation)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _divisor(value: int, near: int) -> int:

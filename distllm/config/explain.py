@@ -60,11 +60,11 @@ def summary(loaded: Loaded, *, ranks: int) -> list[str]:
     step_tokens = resolved.global_batch * length
     lines = [batch_line(resolved), f"{step_tokens:,} tokens a step = global batch {resolved.global_batch} x {length} tokens"]
     lines.append(f"{step_tokens * steps:,} tokens in all = {step_tokens:,} x {steps:,} steps")
-    if resolved.dp_size > 1:
-        lines.append(
-            f"data-parallel {resolved.dp_size} = dp_replicate {resolved.dp_replicate} x dp_shard {resolved.dp_shard}, "
-            f"the {ranks} ranks of this machine"
-        )
+    if ranks > 1:
+        sizes = resolved.sizes()
+        lines.append(f"{ranks} ranks = " + " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1))
+        reads = ["dp_replicate", "dp_shard", *(["ep"] if resolved.ep > 1 else [])]
+        lines.append(f"data-parallel {resolved.dp_size} = " + " x ".join(f"{axis} {sizes[axis]}" for axis in reads))
     return lines
 
 

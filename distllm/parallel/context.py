@@ -72,13 +72,8 @@ def apply_cp(model: nn.Module, mesh: Mesh, *, method: Method) -> nn.Module:
         return model
     ranks = mesh.sizes["cp"]
     assert dist.get_rank(group) == mesh.coordinates()["cp"], "the group's order is the order of the sequence"
-    theirs = transformers_attention(model)
-    own: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
-    if not theirs and not own:
-        rule = f"{type(model).__name__} has no attention to cut: neither transformers' nor distllm.models.attention.Attention"
-        raise ConfigError([f"layout.cp={ranks}: {rule}; nearest: 1"])
-    if problem := next(_refusals(model, theirs), None):
-        raise ConfigError([f"layout.cp={ranks}: {problem}"])
+    theirs, own = transformers_attention(model), _own_attention(model)
+    check_context(model, cp=ranks)
     for module in theirs:
         module.context_parallel = ContextParallel(method, group, module.config._attn_implementation)
     for module in own:
@@ -89,6 +84,24 @@ def apply_cp(model: nn.Module, mesh: Mesh, *, method: Method) -> nn.Module:
         AttentionInterface.register(NAME, torch.compiler.disable(_attention_of_transformers))
     _switch(model, on=True)
     return model
+
+
+def check_context(model: nn.Module, *, cp: int) -> None:
+    """Refuse a model whose sequences cannot be cut.
+
+    Args:
+        model: the whole module, or a stage of it, on any device.
+        cp: context-parallel ranks, more than one.
+
+    Raises:
+        ConfigError: its attention cannot be replaced.
+    """
+    theirs = transformers_attention(model)
+    if not theirs and not _own_attention(model):
+        rule = f"{type(model).__name__} has no attention to cut: neither transformers' nor distllm.models.attention.Attention"
+        raise ConfigError([f"layout.cp={cp}: {rule}; nearest: 1"])
+    if problem := next(_refusals(model, theirs), None):
+        raise ConfigError([f"layout.cp={cp}: {problem}"])
 
 
 @contextmanager
@@ -112,6 +125,10 @@ def transformers_attention(model: nn.Module) -> list[Any]:
         if isinstance(getattr(module, "is_causal", None), bool)
         and hasattr(getattr(module, "config", None), "_attn_implementation")
     ]
+
+
+def _own_attention(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
 def _switch(model: nn.Module, *, on: bool) -> None:

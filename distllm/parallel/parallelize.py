@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distllm.comm import gather_over
+from distllm.config.check_context import ulysses_problems
 from distllm.config.check_pipeline import stage_owners, virtual_stages
 from distllm.config.errors import ConfigError
 from distllm.config.schedule_csv import owners_of, read_order
@@ -18,15 +19,17 @@ from distllm.config.schema import ActivationConfig, LayoutConfig, MoeConfig
 from distllm.models.spec import ModelSpec
 from distllm.parallel.activation import apply_activation_checkpointing
 from distllm.parallel.balance import RouterWatch
-from distllm.parallel.context import apply_cp
+from distllm.parallel.context import apply_cp, check_context
+from distllm.parallel.cut import find_chain
 from distllm.parallel.data import apply_ddp, apply_fsdp
 from distllm.parallel.expert import apply_ep, check_experts, expert_modules
 from distllm.parallel.mesh import AXES, FLAT, Mesh
 from distllm.parallel.packing import Packing, packings
 from distllm.parallel.pipeline import Facts, Pipeline
-from distllm.parallel.stages import Cut, apply_pp, own_blocks
+from distllm.parallel.stages import Cut, apply_pp, check_stages, own_blocks
 from distllm.parallel.tensor import apply_tp
 from distllm.parallel.tensor_check import can_cut_sequence, tp_problems
+from distllm.parallel.tensor_heads import heads_of
 from distllm.pieces import piece_of
 
 
@@ -116,7 +119,7 @@ def parallelize(
     layout = layout or Layout()
     if layout.compute_dtype == torch.float64:
         model = _in_fp64(model)
-    refuse_misfits(model, spec=spec, sizes=mesh.sizes, moe=layout.moe)
+    refuse_misfits(model, spec=spec, sizes=mesh.sizes, axes=layout.axes, moe=layout.moe)
     balanced = bool(layout.moe.balance or layout.moe.z_loss)  # of whole samples, which a router then must see
     sequence = layout.axes.sequence_parallel and not balanced and can_cut_sequence(model, spec=spec)
     cut = _cut_stages(model, mesh, spec=spec, layout=layout)
@@ -149,13 +152,16 @@ def parallelize(
     return Parallel(cut.model, parts, cut.model, mesh, sharded, packed, pipeline, copies, tuple(watches), layout)
 
 
-def refuse_misfits(model: nn.Module, *, spec: ModelSpec, sizes: Mapping[str, int], moe: MoeConfig) -> None:
+def refuse_misfits(
+    model: nn.Module, *, spec: ModelSpec, sizes: Mapping[str, int], axes: LayoutConfig, moe: MoeConfig
+) -> None:
     """Refuse axes that do not fit the model, before it is cut.
 
     Args:
         model: the whole module on meta.
         spec: its plans.
         sizes: of the mesh axes.
+        axes: how cp and pp work; its sizes are not read.
         moe: the losses of routers.
 
     Raises:
@@ -164,6 +170,15 @@ def refuse_misfits(model: nn.Module, *, spec: ModelSpec, sizes: Mapping[str, int
     if problems := tp_problems(model, spec=spec, size=sizes["tp"]):
         raise ConfigError(problems)
     check_experts(model, plan=spec.ep_plan, ep=sizes["ep"], tp=sizes["tp"], moe=moe)
+    if (cp := sizes["cp"]) > 1:
+        check_context(model, cp=cp)
+        heads = {found.query for module in model.modules() if (found := heads_of(module))}
+        spread = sorted(heads) if axes.cp_method == "ulysses" else []
+        if problems := [line for count in spread for line in ulysses_problems(count, cp=cp, tp=sizes["tp"])]:
+            raise ConfigError(problems[:1])
+    if (pp := sizes["pp"]) > 1:
+        stages = None if axes.pp_schedule == "csv" else pp * virtual_stages(axes.pp_schedule, axes.pp_virtual)
+        check_stages(find_chain(model, spec=spec, pp=pp), pp=pp, stages=stages, family=spec.name)
 
 
 def _in_fp64(model: nn.Module) -> nn.Module:

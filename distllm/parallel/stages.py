@@ -62,9 +62,7 @@ def apply_pp(
     pp = max(owners) + 1
     chain = find_chain(model, spec=spec, pp=pp)
     stages, most = len(owners), len(chain.blocks)
-    if stages > most:
-        rule = f"{stages} stages need a block each, and {spec.name} has {most}"
-        raise ConfigError([f"layout.pp={pp}: {rule}; nearest: {max(1, most // (stages // pp))}"])
+    check_stages(chain, pp=pp, stages=stages, family=spec.name)
     if split:
         blocks = given_split(split, stages=stages, blocks=most)
     else:
@@ -78,6 +76,24 @@ def apply_pp(
     )
     whole = model if len(cut) == 1 else StageModules([stage.module for stage in cut])
     return Cut(cut, whole, chain, tuple(owners), blocks)
+
+
+def check_stages(chain: Chain, *, pp: int, stages: int | None, family: str) -> None:
+    """Refuse more stages than the model has blocks.
+
+    Args:
+        chain: the blocks.
+        pp: pipeline ranks.
+        stages: of all ranks; None where only a file says how many.
+        family: what to call the model.
+
+    Raises:
+        ConfigError: names the most ranks that have enough.
+    """
+    most = len(chain.blocks)
+    if stages is not None and stages > most:
+        rule = f"{stages} stages need a block each, and {family} has {most}"
+        raise ConfigError([f"layout.pp={pp}: {rule}; nearest: {max(1, most // (stages // pp))}"])
 
 
 def own_blocks(module: nn.Module, *, spec: ModelSpec) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 
 from torch import nn
 
@@ -60,6 +61,12 @@ def can_cut_sequence(model: nn.Module, *, spec: ModelSpec) -> bool:
     inside = re.compile(rf"{re.escape(spec.blocks[0])}\.[^.]+\.")  # of a block, and not the block itself
     owners = readers(found, head=spec.head)
     return bool(owners) and all(inside.match(o) and all_cut(model.get_submodule(o), o, found) for o in owners)
+
+
+def narrowest(size: int) -> int:
+    """The smallest width that any number of ranks up to `size` can cut, none of them getting nothing."""
+    ranks = range(1, size + 1)
+    return next(w for w in count(size) if all(piece_range(w, pieces=n, index=n - 1)[0] < w for n in ranks))
 
 
 def _no_match(pattern: str, model: nn.Module) -> str:

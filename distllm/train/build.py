@@ -30,6 +30,7 @@ from distllm.models.spec import ModelSpec
 from distllm.models.weights import LoadReport, load_report
 from distllm.parallel.mesh import Mesh, build_mesh
 from distllm.parallel.parallelize import Layout, Parallel, parallelize, refuse_misfits
+from distllm.parallel.tensor_check import narrowest
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
@@ -133,8 +134,10 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     """`build`, once the run has a folder and a log."""
     started = with_start(config, folder, world)
     # A wrong type or size, and a model that cannot fit, are told before the text is tokenised.
-    guessed = _guessed_spec(started)
-    refuse_misfits(meta_model(guessed), spec=guessed, sizes=resolved.sizes(), moe=config.moe)
+    guessed = guessed_spec(started, tp=resolved.tp)
+    refuse_misfits(
+        meta_model(guessed), spec=guessed, sizes=resolved.sizes(), axes=config.layout, moe=config.moe
+    )
     _refuse_too_large(config, guessed, world, shards=resolved.shards)
     prepared = _data(config, world)
     data = DataFacts(prepared.digest, folder_digest(prepared.tokenizer_folder))
@@ -190,12 +193,15 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     return run
 
 
-def _guessed_spec(config: Config) -> ModelSpec:
-    """The model as far as it is known before the data are: the smallest vocabulary and heads."""
+def guessed_spec(config: Config, *, tp: int) -> ModelSpec:
+    """The model as far as it is known before the data are: the smallest heads, and a vocabulary that is no reason to refuse tp."""
     labels = {name: len(head.labels) or 2 for name, head in config.task.tasks.items()} or {"": len(config.task.labels) or 2}
     if config.task.kind == "regression":
         labels = {"": 1}
-    return resolve_spec(config, vocab_size=5, labels=labels, roles=Roles(eos=0, pad=1, begin=2, separator=0, mask=3))
+    vocab_size = max(5, narrowest(tp))
+    if isinstance(given := config.model.sizes.get("vocab_size"), int):
+        vocab_size = min(vocab_size, given)
+    return resolve_spec(config, vocab_size=vocab_size, labels=labels, roles=Roles(eos=0, pad=1, begin=2, separator=0, mask=3))
 
 
 def _reader(mesh: Mesh) -> int:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ def test_the_defaults_are_sound() -> None:
         ("model.attention=flash_attention_2", "model.attention=flash_attention_2: computes in bf16 or fp16 only; nearest: sdpa, or precision.compute=bf16"),
         ("model.sizes.n_positions=64", "data.seq_len=256: must be at most model.sizes.n_positions=64; nearest: 64"),
         ("model.sizes.vocab_size=500", "model.sizes.vocab_size=500: must hold every id of the tokenizer; nearest: 8192"),
+        ("layout.pp=4 model.sizes.num_hidden_layers=2", "layout.pp=4: 4 stages need a block each, and model.sizes has 2; nearest: 2"),
+        ("layout.pp=2 layout.pp_schedule=zbv model.sizes.n_layer=3", "layout.pp=2: 4 stages need a block each, and model.sizes has 3; nearest: 1"),
+        ("layout.pp=2 layout.pp_split=[1, 2, 1]", "layout.pp_split=[1, 2, 1]: must have a number for each of the 2 stages; nearest: []"),
+        ("layout.pp=2 layout.pp_split=[1, 4] model.sizes.n_layer=4", "layout.pp_split=[1, 4]: must add up to the model's 4 blocks; nearest: []"),
         ("data.sources=[]", "data.sources=[]: must hold at least one source; nearest: [{kind: embedded}]"),
         ("data.sources.0.path=a.jsonl", "data.sources.0.path=a.jsonl: the embedded source has no path; nearest: data.sources.0.kind=jsonl"),
         ("data.sources.0.kind=csv", "data.sources.0.path=null: kind csv needs a path; nearest: data.sources.0.kind=embedded"),
@@ -67,8 +72,7 @@ def test_the_defaults_are_sound() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_combine_is_told_in_one_line(tmp_path: Path, overrides: str, line: str) -> None:
-    texts = [overrides] if "[" in overrides and " data.tokenizer" not in overrides else overrides.split(" data.tokenizer")
-    given = [texts[0], *(f"data.tokenizer{text}" for text in texts[1:])] if "[" in overrides else overrides.split()
+    given = re.split(r" (?=[\w.]+=)", overrides)
     assert check(configured(tmp_path, *given), world_size=None) == [line]
 
 
@@ -116,6 +120,18 @@ def test_what_does_not_fit_the_world_names_what_does(tmp_path: Path, overrides: 
     with pytest.raises(ConfigError) as caught:
         resolve_layout(config, world)
     assert caught.value.problems == [line]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ("train.accumulation=2", "train.accumulation=2: 1f1b over layout.pp=4 needs at least 4 micro-batches a step; nearest: 4, or layout.pp_schedule=gpipe"),
+        ("train.global_batch=8 layout.pp_schedule=dualpipev", "train.accumulation=1: dualpipev over layout.pp=4 needs at least 8 micro-batches a step; nearest: 8, or layout.pp_schedule=gpipe"),
+        ("train.accumulation=8 layout.pp_schedule=csv layout.pp_csv=none.csv", "layout.pp_csv=none.csv: cannot be read ([Errno 2] No such file or directory: 'none.csv'); nearest: layout.pp_schedule=1f1b"),
+    ],
+)  # fmt: skip
+def test_a_schedule_is_told_what_it_lacks_before_ranks_start(tmp_path: Path, overrides: str, line: str) -> None:
+    assert check(configured(tmp_path, "layout.pp=4", *overrides.split()), world_size=4) == [line]
 
 
 def test_every_nearest_batch_is_legal(tmp_path: Path) -> None:

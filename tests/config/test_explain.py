@@ -42,7 +42,8 @@ def test_the_batch_is_spelled_out(loaded: Loaded) -> None:
         "global batch 64 = micro-batch 8 x accumulation 4 x data-parallel 2",
         "16,384 tokens a step = global batch 64 x 256 tokens",
         "3,276,800 tokens in all = 16,384 x 200 steps",
-        "data-parallel 2 = dp_replicate 1 x dp_shard 2, the 2 ranks of this machine",
+        "2 ranks = dp_shard 2",
+        "data-parallel 2 = dp_replicate 1 x dp_shard 2",
     ]
     assert summary(loaded, ranks=3) == []
 

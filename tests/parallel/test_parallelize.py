@@ -1,5 +1,7 @@
 """Any sharding starts from the same weights, keeps every name, and sends what the formulas say."""
 
+# ruff: noqa: E501 (what is told is one line, and so it is here)
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,10 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distllm.comm import World
-from distllm.config.schema import ActivationConfig
-from distllm.models.build import initial_tensors, resolve_spec
+from distllm.config.errors import ConfigError
+from distllm.config.schema import ActivationConfig, LayoutConfig
+from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.parallel.mesh import AXES, build_mesh
-from distllm.train.build import build_engine
+from distllm.parallel.parallelize import refuse_misfits
+from distllm.train.build import build_engine, guessed_spec
 from distllm.train.tasks import make_task
 from tests.ranks import on_ranks
 from tests.runs import tiny_config
@@ -27,7 +31,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)]
 @pytest.mark.parametrize(("replicate", "shard"), LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_any_sharding_starts_from_the_same_weights(family: str, replicate: int, shard: int, tmp_path: Path) -> None:
-    sizes = '{"n_layer": 2, "n_embd": 20, "n_head": 2}' if family == "gpt2" else '{"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}'  # noqa: E501
+    sizes = '{"n_layer": 2, "n_embd": 20, "n_head": 2}' if family == "gpt2" else '{"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}'
     config = tiny_config(tmp_path, f"model.type={family}", f"model.sizes={sizes}", prepared=False)
     spec = resolve_spec(config, vocab_size=257)
     wanted = {name: tensor.numpy() for name, tensor in initial_tensors(spec, seed=config.seed)}
@@ -52,6 +56,37 @@ def test_names_survive_every_wrapping(tmp_path: Path) -> None:
         return sorted(toy_engine(world, settings).parallel.model.state_dict())
 
     assert on_ranks(rank, 2, tmp_path) == [sorted(Toy().state_dict())] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "axes", "line"),
+    [
+        ("gpt2", {"cp": 8, "cp_method": "ulysses"}, "layout.cp=8: ulysses spreads heads, and 8 does not divide 12; nearest: 6, or layout.cp_method=all_gather"),
+        ("falcon", {"cp": 2}, "layout.cp=2: falcon has no attention that can be replaced; nearest: 1"),
+        ("gpt2", {"pp": 16}, "layout.pp=16: 16 stages need a block each, and gpt2 has 12; nearest: 12"),
+        ("gpt2", {"tp": 5}, "layout.tp=5: transformer.h.0.attn has 12 attention heads, which 5 ranks cannot share evenly; nearest: layout.tp=4"),
+        ("gpt2", {"ep": 2}, "layout.ep=2: GPT2LMHeadModel has no experts that can be spread; nearest: 1"),
+        ("falcon", {"tp": 2}, "layout.tp=2: falcon has no tensor-parallel plan (ModelSpec.tp_plan); nearest: layout.tp=1"),
+    ],
+)  # fmt: skip
+def test_what_only_the_model_can_say_is_told_before_the_text_is_read(
+    model: str, axes: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, f"model.type={model}", "model.sizes={}", "model.dropout=0", prepared=False)
+    layout = LayoutConfig.model_validate(axes)
+    guessed = guessed_spec(config, tp=layout.tp)
+    sizes = {axis: getattr(layout, axis) for axis in ("pp", "ep", "cp", "tp")}
+    with pytest.raises(ConfigError) as caught:
+        refuse_misfits(meta_model(guessed), spec=guessed, sizes=sizes, axes=layout, moe=config.moe)
+    assert caught.value.problems == [line]
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_the_guess_of_a_vocabulary_is_no_reason_to_refuse(tp: int, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.sizes.num_attention_heads=8", prepared=False)
+    guessed = guessed_spec(config, tp=tp)
+    sizes = {"pp": 1, "ep": 1, "cp": 1, "tp": tp}
+    refuse_misfits(meta_model(guessed), spec=guessed, sizes=sizes, axes=config.layout, moe=config.moe)
 
 
 class Recorder(TorchDispatchMode):
