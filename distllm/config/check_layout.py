@@ -126,9 +126,11 @@ def pipeline_fits(config: Config, *, accumulation: int) -> Iterator[str]:
     """
     layout = config.layout
     virtual = virtual_stages(layout.pp_schedule, layout.pp_virtual)
+    batch = config.train.global_batch
     yield from schedule_problems(
-        layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=accumulation, compiled=config.train.compile
-    )
+        layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=accumulation, compiled=config.train.compile,
+        samples=None if batch is None else batch // accumulation,
+    )  # fmt: skip
 
 
 def schedule_file(config: Config, *, accumulation: int) -> Iterator[str]:

@@ -44,7 +44,7 @@ def needs_gathered(schedule: str) -> bool:
 
 
 def schedule_problems(
-    schedule: str, *, pp: int, virtual: int, microbatches: int, compiled: bool = False
+    schedule: str, *, pp: int, virtual: int, microbatches: int, samples: int | None = None, compiled: bool = False
 ) -> Iterator[str]:
     """What a schedule cannot do, a line for each problem.
 
@@ -53,10 +53,12 @@ def schedule_problems(
         pp: ranks of the pipeline.
         virtual: stages of one rank.
         microbatches: of one step and data-parallel rank: train.accumulation.
+        samples: of a micro-batch on all data-parallel ranks, where train.global_batch is set and has to change too.
         compiled: train.compile.
     """
     if pp == 1:
         return
+    batch = "" if samples is None else " with train.global_batch={}"
     if compiled and schedule in SPLITS_BACKWARD:
         # torch 2.13: a second backward pass through a compiled graph, for the other half, may find its buffers given away.
         rule = f"a compiled block computes both halves of its backward pass at once, and {schedule} takes them apart"
@@ -68,11 +70,12 @@ def schedule_problems(
     least = _least(schedule, pp, virtual)
     if microbatches < least:
         rule = f"{schedule} over layout.pp={pp} needs at least {least} micro-batches a step"
-        yield f"train.accumulation={microbatches}: {rule}; nearest: {least}, or layout.pp_schedule=gpipe"
+        near = f"{least}{batch.format(least * (samples or 1))}"
+        yield f"train.accumulation={microbatches}: {rule}; nearest: {near}, or layout.pp_schedule=gpipe"
     elif schedule in LOOPED and microbatches % (rounds := max(1, microbatches // pp)):
         nearest = _nearest_looped(microbatches, pp)
         rule = f"{schedule} runs {rounds} rounds of {pp} or more, so it must be a multiple of {rounds}"
-        yield f"train.accumulation={microbatches}: {rule}; nearest: {nearest}"
+        yield f"train.accumulation={microbatches}: {rule}; nearest: {nearest}{batch.format(nearest * (samples or 1))}"
 
 
 def _least(schedule: str, pp: int, virtual: int) -> int:

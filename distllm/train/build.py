@@ -194,7 +194,7 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
 
 
 def guessed_spec(config: Config, *, tp: int) -> ModelSpec:
-    """The model as far as it is known before the data are: the smallest heads, and a vocabulary that is no reason to refuse tp."""
+    """The model as far as it is known before the data are: the smallest heads, and a vocabulary that any tp can cut."""
     labels = {name: len(head.labels) or 2 for name, head in config.task.tasks.items()} or {"": len(config.task.labels) or 2}
     if config.task.kind == "regression":
         labels = {"": 1}

@@ -154,7 +154,7 @@ def _of_precision(rows: Sequence[Row], precision: str) -> list[str]:
             refused.setdefault(rule, []).append(row.layout.name)
     count = sum(len(names) for names in refused.values())
     if count:
-        lines.append(f"{count} layouts are refused by {len(refused)} rules:")
+        lines.append(f"{count} of {len(rows)} layouts refused by a rule:")
         lines += [f"  {rule} ({len(names)}: {names[0]}{', ...' if len(names) > 1 else ''})" for rule, names in refused.items()]
     return lines
 

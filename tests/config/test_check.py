@@ -126,7 +126,7 @@ def test_what_does_not_fit_the_world_names_what_does(tmp_path: Path, overrides: 
     ("overrides", "line"),
     [
         ("train.accumulation=2", "train.accumulation=2: 1f1b over layout.pp=4 needs at least 4 micro-batches a step; nearest: 4, or layout.pp_schedule=gpipe"),
-        ("train.global_batch=8 layout.pp_schedule=dualpipev", "train.accumulation=1: dualpipev over layout.pp=4 needs at least 8 micro-batches a step; nearest: 8, or layout.pp_schedule=gpipe"),
+        ("train.global_batch=8 layout.pp_schedule=dualpipev", "train.accumulation=1: dualpipev over layout.pp=4 needs at least 8 micro-batches a step; nearest: 8 with train.global_batch=64, or layout.pp_schedule=gpipe"),
         ("train.accumulation=8 layout.pp_schedule=csv layout.pp_csv=none.csv", "layout.pp_csv=none.csv: cannot be read ([Errno 2] No such file or directory: 'none.csv'); nearest: layout.pp_schedule=1f1b"),
     ],
 )  # fmt: skip

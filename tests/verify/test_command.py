@@ -133,5 +133,5 @@ def test_off_a_terminal_each_layout_is_a_line_and_the_certificate_ends_them(caps
     fault = {"name": "own norm", "what": "each rank clips alone", "caught": False}
     told = certificate(rows, what="tiny", guards=["dead"], faults=[fault], files=[Path("a.json")], config="tiny.yaml")
     text = "\n".join(told)
-    assert "agree to 15 digits" in text and "1 layouts are refused by 1 rules" in text and "BROKEN: pp 2" in text
+    assert "agree to 15 digits" in text and "1 of 3 layouts refused by a rule" in text and "BROKEN: pp 2" in text
     assert "0 of 1 planted faults were caught" in text and "NOT CAUGHT: own norm" in text and "guard: dead" in text
