@@ -37,6 +37,10 @@ def _tensor(config: Config) -> Iterator[str]:
             f"data.seq_len={config.data.seq_len}: sequence_parallel cuts it over layout.tp={layout.tp}, which must divide it; "
             f"nearest: {near}, or layout.sequence_parallel=false"
         )
+    first = config.train.seq_ramp_from
+    if layout.sequence_parallel and config.train.seq_ramp and first % layout.tp:
+        rule = f"sequence_parallel cuts the first rows over layout.tp={layout.tp}, which must divide them"
+        yield f"train.seq_ramp_from={first}: {rule}; nearest: {_multiple(first, layout.tp)}, or layout.sequence_parallel=false"
     if config.distill.teacher is not None and layout.loss_parallel:
         yield "layout.loss_parallel=true: a student's logits must be whole to be compared with a teacher's; nearest: false"
     if config.tune.train == "lora":
@@ -71,6 +75,10 @@ def _pipeline(config: Config) -> Iterator[str]:
         yield f"layout.pp={layout.pp}: a teacher is not cut into stages; nearest: 1, with layout.dp_shard"
     if config.tune.train == "lora":
         yield f"layout.pp={layout.pp}: adapters (tune.train=lora) are not cut into stages; nearest: 1, with layout.dp_shard"
+    ramp = config.train.batch_ramp
+    if ramp and layout.pp_schedule != "gpipe":
+        rule = f"begins with one micro-batch a rank, and {layout.pp_schedule} needs its number of them"
+        yield f"train.batch_ramp={ramp}: {rule}; nearest: 0, or layout.pp_schedule=gpipe"
     if (layout.pp_schedule == "csv") != (layout.pp_csv is not None):
         near = "1f1b" if layout.pp_csv is None else "layout.pp_csv=null"
         yield f"layout.pp_schedule={layout.pp_schedule}: pp_schedule csv and pp_csv go together; nearest: {near}"

@@ -43,6 +43,8 @@ def test_the_defaults_are_sound() -> None:
         ("layout.pp=4 model.sizes.num_hidden_layers=2", "layout.pp=4: 4 stages need a block each, and model.sizes has 2; nearest: 2"),
         ("layout.pp=2 layout.pp_schedule=zbv model.sizes.n_layer=3", "layout.pp=2: 4 stages need a block each, and model.sizes has 3; nearest: 1"),
         ("layout.pp=2 layout.pp_split=[1, 2, 1]", "layout.pp_split=[1, 2, 1]: must have a number for each of the 2 stages; nearest: []"),
+        ("layout.pp=2 train.batch_ramp=64", "train.batch_ramp=64: begins with one micro-batch a rank, and 1f1b needs its number of them; nearest: 0, or layout.pp_schedule=gpipe"),
+        ("layout.tp=2 train.seq_ramp=64 data.seq_len=72 train.seq_ramp_from=9", "train.seq_ramp_from=9: sequence_parallel cuts the first rows over layout.tp=2, which must divide them; nearest: 10, or layout.sequence_parallel=false"),
         ("layout.pp=2 layout.pp_split=[1, 4] model.sizes.n_layer=4", "layout.pp_split=[1, 4]: must add up to the model's 4 blocks; nearest: []"),
         ("data.sources=[]", "data.sources=[]: must hold at least one source; nearest: [{kind: embedded}]"),
         ("data.sources.0.path=a.jsonl", "data.sources.0.path=a.jsonl: the embedded source has no path; nearest: data.sources.0.kind=jsonl"),
