@@ -1,7 +1,7 @@
 """What a layout cannot be together with: rules of the same shape as those of `check.py`, which calls them.
 
-What only the model can say (its heads, its blocks, its experts) is checked when the model is known, in
-`parallel/fits.py`; where `model.sizes` spells it out it is told here.
+What only the model can say (its heads, its blocks, its experts) is checked when the model is known, by `refuse_misfits`
+in `parallel/parallelize.py`; where `model.sizes` spells it out it is told here.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ def _tensor(config: Config) -> Iterator[str]:
             f"data.seq_len={config.data.seq_len}: sequence_parallel cuts it over layout.tp={layout.tp}, which must divide it; "
             f"nearest: {near}, or layout.sequence_parallel=false"
         )
+    if layout.sequence_parallel and config.train.seq_ramp and config.train.seq_ramp_from % layout.tp:
+        first = config.train.seq_ramp_from
+        rule = f"sequence_parallel cuts it over layout.tp={layout.tp}, which must divide it"
+        yield f"train.seq_ramp_from={first}: {rule}; nearest: {_multiple(first, layout.tp)}, or layout.sequence_parallel=false"
     if config.distill.teacher is not None and layout.loss_parallel:
         yield "layout.loss_parallel=true: a student's logits must be whole to be compared with a teacher's; nearest: false"
+    if config.distill.hidden and layout.sequence_parallel:
+        rule = "distill.hidden compares the states between blocks, which it cuts"
+        yield f"layout.sequence_parallel=true: {rule}; nearest: false"
     if config.tune.train == "lora":
         yield f"layout.tp={layout.tp}: adapters (tune.train=lora) are not cut; nearest: 1, with layout.dp_shard"
 
@@ -64,8 +71,12 @@ def _pipeline(config: Config) -> Iterator[str]:
         yield f"layout.pp={layout.pp}: is for task.kind=causal_lm and sft, not {config.task.kind}; nearest: 1"
     if config.distill.teacher is not None:
         yield f"layout.pp={layout.pp}: a teacher is not cut into stages; nearest: 1, with layout.dp_shard"
-    if config.tune.train == "lora":
-        yield f"layout.pp={layout.pp}: adapters (tune.train=lora) are not cut into stages; nearest: 1, with layout.dp_shard"
+    if config.tune.train != "all":
+        rule = "every stage must learn" if config.tune.train != "lora" else "adapters are not cut into stages"
+        yield f"layout.pp={layout.pp}: {rule}, and tune.train={config.tune.train}; nearest: 1, with layout.dp_shard"
+    if config.train.batch_ramp and layout.pp_schedule != "gpipe":
+        rule = f"begins with one micro-batch a step, which is too few for {layout.pp_schedule} over layout.pp={layout.pp}"
+        yield f"train.batch_ramp={config.train.batch_ramp}: {rule}; nearest: 0, or layout.pp_schedule=gpipe"
     if (layout.pp_schedule == "csv") != (layout.pp_csv is not None):
         near = "1f1b" if layout.pp_csv is None else "layout.pp_csv=null"
         yield f"layout.pp_schedule={layout.pp_schedule}: pp_schedule csv and pp_csv go together; nearest: {near}"
