@@ -218,7 +218,7 @@ def _tell_loaded(report: LoadReport | None, log: logging.Logger) -> None:
 
 
 def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:
-    """Refuse a model whose weights, and gradients and optimizer state of those that learn, are larger than the memory there is."""
+    """Refuse a model too large for the memory: weights, and gradients and optimizer state of those that learn, alone."""
     model = meta_model(spec)
     apply_tune(model, spec, config.tune)
     parameters = sum(p.numel() for p in model.parameters())
