@@ -5,7 +5,6 @@ Shapes: B sources, S source length, L open sources, K beams, N = L * K rows, V v
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from distllm.config.schema import DecodeConfig
+from distllm.models.cache import cache_name
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _stepper(
     model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, *, use_cache: bool, whole: bool
 ) -> _Stepper:
     """The fastest way that a model has; `whole`: by its own forward only, where sharded parameters are gathered."""
-    if use_cache and "past_key_values" in inspect.signature(model.forward).parameters:
+    if use_cache and cache_name(model) is not None:
         return _Cached(model, input_ids, mask)
     if use_cache and not whole and hasattr(model, "decode_step"):
         return _Stepwise(model, input_ids, mask)
@@ -229,6 +229,7 @@ class _Cached:
         self.model, self.input_ids, self.mask = model, input_ids, mask
         self.memory: Any = None  # [N, S, H]
         self.cache: Any = None
+        self._name = cache_name(model) or ""
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         from transformers.modeling_outputs import BaseModelOutput
@@ -239,8 +240,8 @@ class _Cached:
             self.memory = out.encoder_last_hidden_state
         else:
             memory = BaseModelOutput(last_hidden_state=self.memory)
-            out = self.model(encoder_outputs=memory, past_key_values=self.cache, **arguments)
-        self.cache = out.past_key_values
+            out = self.model(encoder_outputs=memory, **{self._name: self.cache}, **arguments)
+        self.cache = getattr(out, self._name)
         return out.logits[:, -1]
 
     def select(self, rows: torch.Tensor, *, stay: bool) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from distllm.config.errors import DataError
 from distllm.data.tokenizer import id_count
+from distllm.models.cache import cache_name
 
 REPLACEMENT = "\ufffd"
 
@@ -99,7 +100,7 @@ class _Writer:
     def __init__(self, model: nn.Module, max_len: int | None, use_cache: bool) -> None:
         self.model = model
         self.limit: int | None = max_len or getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        self.cached = use_cache and "past_key_values" in inspect.signature(model.forward).parameters
+        self.cached = use_cache and cache_name(model) is not None
         self.cache: Any = None
 
     def logits(self, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -137,13 +138,15 @@ def _cached_logits(
     takes = inspect.signature(model.forward).parameters
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     new = text if cache is None else text[:, -1:]
-    inputs: dict[str, Any] = {"input_ids": new, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    name = cache_name(model)
+    assert name is not None
+    inputs: dict[str, Any] = {"input_ids": new, "attention_mask": mask, name: cache, "use_cache": True}
     if "position_ids" in takes:
         inputs["position_ids"] = positions[:, -new.shape[1] :]
     if "logits_to_keep" in takes:
         inputs["logits_to_keep"] = 1
     out = model(**inputs)
-    return out.logits[:, -1], out.past_key_values
+    return out.logits[:, -1], getattr(out, name)
 
 
 @torch.no_grad()

@@ -98,6 +98,7 @@ class Settings:
 
     replicate: int = 1
     shard: int = 1
+    stages: int = 1
     accumulation: int = 1
     reshard: bool = True
     optim: OptimConfig = OptimConfig(lr=1e-2, clip=0.5)
@@ -109,7 +110,9 @@ class Settings:
 
 
 def toy_engine(world: World, settings: Settings) -> NativeEngine:
-    sizes = dict.fromkeys(AXES, 1) | {"dp_replicate": settings.replicate, "dp_shard": settings.shard}
+    sizes = dict.fromkeys(AXES, 1) | {
+        "dp_replicate": settings.replicate, "dp_shard": settings.shard, "pp": settings.stages,
+    }  # fmt: skip
     mesh = build_mesh(world, sizes=sizes)
     with torch.device("meta"):
         model = Toy()

@@ -223,7 +223,7 @@ class CheckpointManager:
                 chunks = {name: chunk for name, chunk in chunks.items() if not name.startswith(prefix)}
                 tensors = {name: tensor for name, tensor in manifest.tensors.items() if not name.startswith(prefix)}
                 manifest = replace(manifest, tensors=tensors)
-        expected = self._names_together(set(chunks))
+        expected = self._names_together({sharded.tensor_name(key) for key in chunks})  # a rank's boxes are its own
         error: BaseException | None = None
         rng: dict[str, torch.Tensor] | None = None
         try:

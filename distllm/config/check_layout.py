@@ -43,6 +43,9 @@ def _tensor(config: Config) -> Iterator[str]:
         yield f"train.seq_ramp_from={first}: {rule}; nearest: {_multiple(first, layout.tp)}, or layout.sequence_parallel=false"
     if config.distill.teacher is not None and layout.loss_parallel:
         yield "layout.loss_parallel=true: a student's logits must be whole to be compared with a teacher's; nearest: false"
+    if config.distill.hidden and layout.sequence_parallel:
+        rule = "distill.hidden compares the states between blocks, which it cuts"
+        yield f"layout.sequence_parallel=true: {rule}; nearest: false"
     if config.tune.train == "lora":
         yield f"layout.tp={layout.tp}: adapters (tune.train=lora) are not cut; nearest: 1, with layout.dp_shard"
 
@@ -73,8 +76,9 @@ def _pipeline(config: Config) -> Iterator[str]:
         yield f"layout.pp={layout.pp}: is for task.kind=causal_lm and sft, not {config.task.kind}; nearest: 1"
     if config.distill.teacher is not None:
         yield f"layout.pp={layout.pp}: a teacher is not cut into stages; nearest: 1, with layout.dp_shard"
-    if config.tune.train == "lora":
-        yield f"layout.pp={layout.pp}: adapters (tune.train=lora) are not cut into stages; nearest: 1, with layout.dp_shard"
+    if config.tune.train != "all":
+        rule = "every stage must learn" if config.tune.train != "lora" else "adapters are not cut into stages"
+        yield f"layout.pp={layout.pp}: {rule}, and tune.train={config.tune.train}; nearest: 1, with layout.dp_shard"
     ramp = config.train.batch_ramp
     if ramp and layout.pp_schedule != "gpipe":
         rule = f"begins with one micro-batch a rank, and {layout.pp_schedule} needs its number of them"

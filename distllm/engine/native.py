@@ -287,7 +287,8 @@ class NativeEngine:
     def _make_optimizer_state(self) -> None:
         """Make the optimizer's state at once: a run that does not fit fails now, and every checkpoint has the same names.
 
-        A step of zero gradients at rate zero makes the state and moves no weight; its count is taken back.
+        A step of zero gradients at rate zero makes the state and moves no weight. What it left there is taken back: its count,
+        and what an optimizer that takes decay for a gradient (adam, sgd, rmsprop) made of the first weights.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -296,12 +297,14 @@ class NativeEngine:
         self.optimizer.step()
         self.parameters.clear_gradients()
         for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"].zero_()
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
 
     def _find_unused(self) -> tuple[str, ...]:
-        """The parameters that the first step left without a gradient; DDP cannot have any."""
-        unused = tuple(name for name, p in self.parameters.whole.items() if p.grad is None)
+        """The parameters that the first step left without a gradient, of all stages; DDP cannot have any."""
+        own = [name for name, p in self.parameters.whole.items() if p.grad is None]
+        unused = tuple(name for names in comm.gather_over(own, self.parallel.mesh.group("pp")) for name in names)
         if unused and isinstance(self.parallel.forward, DistributedDataParallel):
             shown = ", ".join(unused[:3])
             raise ConfigError(

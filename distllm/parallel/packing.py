@@ -46,7 +46,6 @@ class Packing:
             at += length
         return found
 
-
     def unpacked(self, tensor: torch.Tensor) -> torch.Tensor:
         """A whole tensor in the permuted order, brought into the true one."""
         whole = torch.empty_like(tensor)

@@ -224,11 +224,14 @@ def _tell_loaded(report: LoadReport | None, log: logging.Logger) -> None:
 
 
 def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:
-    """Refuse a model whose weights, gradients and optimizer state alone are larger than the memory there is."""
-    parameters = sum(p.numel() for p in meta_model(spec).parameters())
+    """Refuse a model too large for the memory: weights, and gradients and optimizer state of those that learn, alone."""
+    model = meta_model(spec)
+    apply_tune(model, spec, config.tune)
+    parameters = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = {"adamw": 2, "adam": 2, "rmsprop": 2, "sgd": 1, "lion": 1}[config.optim.name]
     ranks = 1 if world.device.type == "cuda" else world.local_size  # ranks on a CPU share its memory
-    need = parameters * 4 * (2 + buffers + (config.train.ema > 0)) / shards * ranks
+    need = 4 * (parameters + learning * (1 + buffers + (config.train.ema > 0))) / shards * ranks
     have = memory_of(world.device)
     if need > have:
         raise ConfigError(

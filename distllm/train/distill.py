@@ -20,6 +20,7 @@ from distllm.config.errors import ConfigError
 from distllm.config.schema import Config, DistillConfig, LayoutConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms, Objective
+from distllm.engine.local import at_least_fp32
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh
@@ -59,7 +60,7 @@ class Teacher:
         return outputs
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == torch.float32 or self.parallel.sharded:
+        if self.compute_dtype in (torch.float32, torch.float64) or self.parallel.sharded:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
@@ -187,15 +188,15 @@ def soft_loss(
         few: most places have no label; pick out those that have.
 
     Returns:
-        A scalar in nats, fp32. The factor T^2 keeps its gradient as large as the task's (Hinton et al. 2015, section 2).
+        A scalar in nats, fp32 or fp64. The factor T^2 keeps its gradient as large as the task's (Hinton et al. 2015, section 2).
     """
     width = min(logits.shape[-1], target.shape[-1])
     own, other, flat = logits[..., :width].flatten(0, -2), target[..., :width].flatten(0, -2), labels.flatten()
     if few:
         places = places_of(labels)
         own, other, flat = own[places], other[places], flat[places]
-    log_p = F.log_softmax(own.float() / temperature, dim=-1)  # [N, V]
-    log_q = F.log_softmax(other.float() / temperature, dim=-1)
+    log_p = F.log_softmax(at_least_fp32(own) / temperature, dim=-1)  # [N, V]
+    log_q = F.log_softmax(at_least_fp32(other) / temperature, dim=-1)
     divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)  # [N]
     return temperature**2 * torch.where(flat != IGNORE, divergence, 0.0).sum()
 
@@ -222,7 +223,7 @@ def hidden_loss(outputs: Any, answer: Any, batch: Batch) -> torch.Tensor:
         blocks, above = len(states) - 1, len(goals) - 1  # the first is the embeddings
         for block in range(1, blocks + 1):
             goal = goals[-(-block * above // blocks)]
-            squares = (states[block].float() - goal.float()).square().mean(-1)  # [B, S]
+            squares = (at_least_fp32(states[block]) - at_least_fp32(goal)).square().mean(-1)  # [B, S]
             distances.append((squares * weight).sum(1) / weight.sum(1))
     assert distances, "both models show their hidden states"
     return (torch.stack(distances).mean(0) * targets).sum()

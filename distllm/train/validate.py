@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from distllm.comm import broadcast
 from distllm.data.loader import validation_batches
 from distllm.evaluate import Evaluation, evaluate
 from distllm.track.summary import told
@@ -36,6 +37,8 @@ def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position
         )
         if run.config.task.metrics:
             result = replace(result, figures={**result.figures, **score_written(run, limit=limit)})
+        # Ranks that share samples computed it side by side. What is decided by it, they decide alike to the last bit.
+        result = broadcast(result, run.world)
     figures = result.as_metrics()
     run.tracker.log(step, figures)
     run.log.info(f"step {step}: validation {told(result.loss, result.figures)}")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from distllm.checkpoint import manager as manager_module
 from distllm.checkpoint import sharded
 from distllm.checkpoint.chunk import Chunk, chunk_of
 from distllm.checkpoint.commit import Save, write
@@ -219,3 +220,26 @@ def test_tensors_of_two_ranks_are_read_whole_in_one_process(folder: Path) -> Non
     chunks = blank()
     sharded.read(found.folder, found.manifest, chunks)
     assert equal(chunks, tensors(1))
+
+
+def test_boxes_of_one_tensor_are_one_name_when_ranks_compare_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks may hold different numbers of boxes; that is no reason to send all names of all ranks to all ranks."""
+    whole = torch.arange(6.0)
+    monkeypatch.setattr(manager_module, "gather", None)
+
+    def rank(world: World) -> list[list[float]]:
+        places = [[(0, 2)], [(2, 3), (5, 1)]][world.rank]
+        mine = {
+            f"w#{number}": Chunk(whole[at : at + length].clone(), (6,), (at,), True) for number, (at, length) in enumerate(places)
+        }
+        kept = manager(tmp_path / "checkpoints", world=world)
+        kept.save(1, mine, rng={}, **ABOUT)
+        kept.wait()
+        found = kept.newest()
+        assert found is not None
+        for chunk in mine.values():
+            chunk.data.zero_()
+        kept.load(found, mine, layout={})
+        return [chunk.data.tolist() for chunk in mine.values()]
+
+    assert on_ranks(rank, 2, tmp_path / "ranks") == [[[0.0, 1.0]], [[2.0, 3.0, 4.0], [5.0]]]

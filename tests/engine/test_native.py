@@ -13,8 +13,11 @@ from torch import nn
 from distllm.comm import World
 from distllm.config.errors import ConfigError
 from distllm.config.schema import ActivationConfig, OptimConfig, PrecisionConfig
+from distllm.engine.local import LocalParameters
+from distllm.train.objectives import causal_lm
+from distllm.train.optim import make_optimizer
 from tests.ranks import on_ranks
-from tests.toy import Settings, Toy, run_toy, step_of, toy_batch, toy_engine
+from tests.toy import Settings, Toy, run_toy, step_of, toy_batch, toy_engine, toy_tensors
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 SGD = OptimConfig(name="sgd", lr=0.05, momentum=0.9, weight_decay=0.01, clip=0.5)
@@ -72,6 +75,26 @@ def test_every_optimizer_trains_alike_when_sharded(name: Any, tmp_path: Path) ->
     np.testing.assert_allclose(result["losses"], reference["losses"], rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop", "lion"])
+def test_the_first_steps_are_those_of_a_bare_optimizer(name: Any) -> None:
+    """The state is made ahead, by a step at rate zero; decay that counts as a gradient must leave nothing in it."""
+    optim = OptimConfig(name=name, lr=1e-2, weight_decay=0.1, clip=0.0)
+    found = run_toy(ONE, Settings(optim=optim), steps=2)
+    model = Toy()
+    model.load_state_dict(dict(toy_tensors()), strict=False)
+    optimizer = make_optimizer(optim, model=model, device=ONE.device)(LocalParameters(model))
+    for step, lr in enumerate((0.5e-2, 1e-2)):  # two steps of warm-up
+        (batch,) = step_of(8 * step, size=8, accumulation=1, dp_rank=0, dp_size=1)
+        terms = causal_lm(model(**batch.inputs), batch)
+        (terms.sum / terms.count).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, value in model.named_parameters():
+        np.testing.assert_allclose(found["weights"][key], value.detach().numpy(), rtol=0, atol=2e-6, err_msg=key)
+
+
 def test_two_ranks_ddp_and_fsdp_agree(tmp_path: Path) -> None:
     """Bitwise before the first update; after it the clip factor's last bit depends on how a norm is added up."""
     ddp = on_ranks(lambda world: run_toy(world, Settings(replicate=2)), 2, tmp_path)[0]
@@ -124,6 +147,23 @@ def test_an_unused_parameter_is_refused_by_ddp_and_bearable_elsewhere(tmp_path: 
     for ranks, settings in ((1, Settings()), (2, Settings(shard=2))):
         state = on_ranks(lambda world, s=settings: list(trained_state(world, s)), ranks, tmp_path)[0]
         assert "optim.unused.weight.exp_avg" in state
+
+
+def test_a_parameter_without_a_gradient_is_known_to_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Toy.__init__
+
+    def with_unused(self: Toy) -> None:
+        build(self)
+        self.unused = nn.Linear(2, 2, bias=False)
+
+    monkeypatch.setattr(Toy, "__init__", with_unused)
+
+    def rank(world: World) -> tuple[bool, Any]:
+        engine = toy_engine(world, Settings(stages=2))
+        engine.train_step(step_of(0, size=8, accumulation=2, dp_rank=0, dp_size=1), samples=range(8))
+        return "unused.weight" in engine.parameters.whole, engine.unused
+
+    assert on_ranks(rank, 2, tmp_path) == [(False, ("unused.weight",)), (True, ("unused.weight",))]
 
 
 def trained_state(world: World, settings: Settings) -> dict[str, Any]:

@@ -65,6 +65,17 @@ def test_ids_that_one_embedding_alone_has_do_not_count() -> None:
     torch.testing.assert_close(found, soft_loss(own, other[:, :5], labels, temperature=1.0, few=False))
 
 
+def test_a_teacher_in_fp64() -> None:
+    """No autocast, which knows no fp64, and no loss of seven digits."""
+    teacher = build_teacher(
+        toy_spec(), tensors=toy_tensors(), mesh=mesh_of(World(0, 1, 0, 1, CPU), "one"), device=CPU, compute_dtype=torch.float64,
+        hidden=False,
+    )  # fmt: skip
+    logits = teacher({"input_ids": torch.arange(6)[None]})
+    assert logits.dtype == torch.float64
+    assert soft_loss(logits, logits + 1, torch.arange(6)[None], temperature=2.0, few=False).dtype == torch.float64
+
+
 def answering(logits: torch.Tensor) -> Teacher:
     """A teacher that always answers the same."""
     return lambda inputs: SimpleNamespace(logits=logits)  # type: ignore[return-value]

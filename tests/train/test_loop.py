@@ -19,14 +19,17 @@ import torch
 
 from distllm.comm import World
 from distllm.config.errors import EXIT_OK, EXIT_STOPPED, ConfigError, DataError, DivergedError, StorageError
-from distllm.config.schema import Config
-from distllm.data.tokenizer import folder_digest
+from distllm.config.schema import Config, TuneConfig
+from distllm.data.tokenizer import Roles, folder_digest
 from distllm.engine.base import LossTerms
+from distllm.models.build import meta_model, resolve_spec
+from distllm.train import build as building
 from distllm.train import loop
 from distllm.train import validate as validating
-from distllm.train.build import Run, build, close
+from distllm.train.build import Position, Run, build, close
 from distllm.train.loop import train
 from distllm.train.objectives import causal_lm
+from distllm.train.stopping import Best
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config, words
 
@@ -373,3 +376,32 @@ def test_a_write_that_failed_is_told_before_the_next_save(tmp_path: Path, monkey
 def test_a_model_that_cannot_fit_is_refused_before_memory_is_taken(in_process: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model: [\d,]+ parameters need at least [\d,.]+ GiB .* cpu has .* GiB; give smaller"):
         in_process(tmp_path, "model.sizes.hidden_size=65536", "model.sizes.num_hidden_layers=200")
+
+
+def test_memory_is_counted_for_what_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of which the head alone learns fits where its gradients and optimizer state would not."""
+    config = tiny_config(tmp_path, "model.sizes.tie_word_embeddings=false", prepared=False)
+    spec = resolve_spec(config, vocab_size=257, labels={}, roles=Roles(eos=256, pad=None, begin=None, separator=None, mask=None))
+    weights = 4 * sum(p.numel() for p in meta_model(spec).parameters())
+    monkeypatch.setattr(building, "memory_of", lambda device: 3 * weights)
+    with pytest.raises(ConfigError, match="GiB"):
+        building._refuse_too_large(config, spec, ONE, shards=1)
+    building._refuse_too_large(config, spec, ONE, shards=2)
+    head = config.model_copy(update={"tune": TuneConfig(train="head")})
+    building._refuse_too_large(head, spec, ONE, shards=1)
+
+
+def test_what_an_evaluation_decides_all_ranks_decide_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of a tp axis compute the same loss side by side; a last bit that differs must not part them."""
+    config = tiny_config(tmp_path, "layout.tp=2", "layout.dp_shard=1", "model.sizes.vocab_size=258", "train.keep_best=true")
+    real = validating.evaluate
+
+    def rank(world: World) -> tuple[float, bool]:
+        monkeypatch.setattr(validating, "evaluate", lambda *a, **k: replace(real(*a, **k), loss=3.0 + 1e-9 * world.rank))
+        made = build(config, world)
+        at = Position(best=Best("val_loss", 3.0 + 1e-10, 1, 0))
+        _, found, judgement = validating.validate(made, 2, at, limit=1)
+        close(made)
+        return found.loss, judgement.improved
+
+    assert on_ranks(rank, 2, tmp_path / "ranks") == [(3.0, True)] * 2

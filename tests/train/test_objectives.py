@@ -168,3 +168,20 @@ def test_an_absent_task_has_a_zero_gradient() -> None:
         logits.requires_grad_()
     multi_task(outputs, batch, tasks=TASKS).sum.backward()
     assert all(logits.grad is not None for logits in outputs.logits.values())
+
+
+def test_fp64_stays_fp64() -> None:
+    """A proof in fp64 is none where the loss has seven digits."""
+    logits, labels = (t[1:] for t in made())
+    wide, classes, number = logits.double(), torch.arange(ROWS - 1), torch.ones(ROWS - 1)
+    heads = {"c": HeadConfig(kind="classification"), "m": HeadConfig(kind="masked_lm"), "n": HeadConfig(kind="regression")}
+    several = batch_of(labels_c=classes, labels_m=labels, labels_n=number, weight_n=number)
+    outputs = SimpleNamespace(logits={"c": wide[:, 0], "m": wide, "n": wide[:, 0, :1]})
+    for terms in (
+        causal_lm(wide, batch_of(labels=labels)),
+        classification(wide[:, 0], batch_of(labels=classes)),
+        regression(wide[:, 0, :1], batch_of(labels=number, weight=number)),
+        multi_task(outputs, several, tasks=heads),
+    ):
+        assert terms.sum.dtype == torch.float64
+

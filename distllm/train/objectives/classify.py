@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
+from distllm.engine.local import at_least_fp32
 from distllm.train.objectives.tokens import logits_of
 
 
 def classification(outputs: Any, batch: Batch, *, label_smoothing: float = 0.0) -> LossTerms:
-    """Cross entropy in fp32 of each row's class.
+    """Cross entropy, in fp32 or fp64, of each row's class.
 
     Args:
         outputs: logits [B, C], or an object with `.logits`.
@@ -35,7 +36,7 @@ def class_terms(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: 
     """The loss terms of logits [B, C] and labels int64 [B], IGNORE where there is none."""
     smoothing = label_smoothing if torch.is_grad_enabled() else 0.0
     loss = F.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        at_least_fp32(logits), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
     )
     count = (labels != IGNORE).sum()
     if torch.is_grad_enabled():
@@ -67,7 +68,7 @@ def regression(outputs: Any, batch: Batch) -> LossTerms:
 
 def number_terms(logits: torch.Tensor, labels: torch.Tensor, *, weight: torch.Tensor) -> LossTerms:
     """The loss terms of predictions [B, 1] or [B] against labels [B] with weights [B]."""
-    predicted = logits.reshape(-1).float()
+    predicted = at_least_fp32(logits.reshape(-1))
     loss, count = (weight * (predicted - labels).square()).sum(), weight.sum()
     if torch.is_grad_enabled():
         return LossTerms(loss, count)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from distllm.config.schema import HeadConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
+from distllm.engine.local import at_least_fp32
 from distllm.train.objectives.classify import class_terms, number_terms
 from distllm.train.objectives.tokens import places_of
 
@@ -65,7 +66,7 @@ def _mean_by_sample(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothi
     tokens = (labels != IGNORE).sum(1)  # [T]
     places = places_of(labels)  # [N]
     chosen, wanted = logits.flatten(0, 1)[places], labels.flatten()[places]
-    losses = F.cross_entropy(chosen.float(), wanted, reduction="none", label_smoothing=smoothing)
+    losses = F.cross_entropy(at_least_fp32(chosen), wanted, reduction="none", label_smoothing=smoothing)
     loss, count = (losses / tokens[places // labels.shape[1]]).sum(), (tokens > 0).sum()
     if torch.is_grad_enabled():
         return LossTerms(loss, count)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
+from distllm.engine.local import at_least_fp32
 from distllm.parallel.loss import CutLogits, is_cut_logits
 
 
@@ -85,7 +86,8 @@ def token_terms(
         likely = None if torch.is_grad_enabled() else cut.argmax(places=places)
     else:
         rows = logits.flatten(0, -2) if places is None else logits.flatten(0, -2)[places]
-        wide = rows if rows.dtype == torch.float64 else rows.float()
-        loss = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+        loss = F.cross_entropy(
+            at_least_fp32(rows), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        )
         likely = None if torch.is_grad_enabled() else rows.argmax(-1)
     return LossTerms(loss, count, {} if likely is None else {"correct": (likely == labels).sum()})
