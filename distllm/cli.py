@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 _EPILOG = (
     "Exit codes: 0 done · 1 a fault of distllm's own · 2 command line or config · 3 data, tokenizer or model files · "
     "4 checkpoint · 5 diverged · 6 disk full or not writable · 7 other ranks lost or not found · 8 out of memory · "
-    "9 verify: a layout differs · 10 no progress · 75 stopped by a signal after saving (the same command continues) · "
-    "130 interrupted. "
+    "9 verify: a layout differs · 10 no progress · 11 bench: slower than before · "
+    "75 stopped by a signal after saving (the same command continues) · 130 interrupted. "
     "--debug, anywhere, shows the traceback of an error."
 )
 
@@ -184,6 +185,48 @@ def verify(
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-verify"
     return run_verify(loaded.config, options, folder=folder, named=" ".join([str(config), *(overrides or [])]))
+
+
+@app.command(epilog=_EPILOG)
+def bench(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help='Every combination: "layout.tp=1,2 train.micro_batch=4,8"; ranks=2 are so many ranks. Again for more.'),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Timed steps of a cell, and of a turn of --against.")] = 10,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 3,
+    data: Annotated[str, typer.Option(help="config: your data; synthetic: random tokens.")] = "config",
+    against: Annotated[str, typer.Option(help="Loops to take turns with: bare, hf-trainer, accelerate, with commas.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 6,
+    compare: Annotated[Path | None, typer.Option(help="An older bench.json; ends with 11 when something is slower.")] = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="The folder for record, table and pictures; else OUT/NAME-bench.")] = None,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one cell.")] = 600.0,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")] = False,
+) -> int:
+    """Measure layouts, micro-batches, precisions: speed, MFU, memory, traffic, scaling; here, or in a job."""
+    from distllm.bench.asked import options_of
+    from distllm.config.machine import cores
+
+    loaded = _checked(config, overrides)
+    if config.is_dir() and not trust:
+        _refuse_own_code(loaded, config)
+    options = options_of(
+        grid=grid or [], steps=steps, warmup=warmup, data=data, against=against, rounds=rounds, compare=compare, timeout_s=timeout
+    )
+    wanted = loaded.config.device if device_name(device) == "auto" else device
+    gpus = 0 if wanted == "cpu" else _unused_gpus()
+    if wanted == "cuda" and not gpus:
+        raise ConfigError([f"device={wanted}: no CUDA device is available here; nearest: cpu"])
+    from distllm.bench.cells import Room
+    from distllm.bench.command import bench as run_bench
+
+    folder = out or Path(loaded.config.out) / f"{loaded.config.name}-bench"
+    command = shlex.join(["distllm", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else f"distllm bench {config}"
+    room = Room(gpus, cores(), _world_size())
+    return run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
 
 
 @app.command("eval", epilog=_EPILOG)
@@ -541,6 +584,15 @@ def _later_rank() -> bool:
     except ValueError:  # each is told that it would train by itself, by the first task of srun alone
         return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
     return facts is not None and facts.rank > 0
+
+
+def _unused_gpus() -> int:
+    """The GPUs of this machine, counted without starting CUDA where there is a driver at all."""
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return 0
+    from distllm.verify.asked import gpus
+
+    return gpus()
 
 
 def _local_devices(config: Config) -> int:

@@ -16,6 +16,7 @@ EXIT_LOST = 7  # another rank died or hangs, or the ranks do not find one anothe
 EXIT_MEMORY = 8  # the device or the machine is out of memory
 EXIT_UNEQUAL = 9  # verify: a layout computes something else than one process, or a guard or planted fault fails
 EXIT_STUCK = 10  # several attempts in a row saved nothing further, so the job does not requeue itself again
+EXIT_SLOWER = 11  # bench --compare: a cell is slower, or takes more memory, beyond the noise
 EXIT_STOPPED = 75  # stopped by a signal after saving: the same command continues (EX_TEMPFAIL)
 
 

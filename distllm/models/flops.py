@@ -36,7 +36,7 @@ def flops_per_token(config: Any, model: nn.Module, *, body: str | None = None) -
     unknown = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and config.model_type not in ENCODERS
     if windows is None or config.is_encoder_decoder or unknown:
         return None
-    matrices, heads, dims = matrix_parameters(config, model), config.num_attention_heads, _head_dims(config)
+    matrices, heads, dims = matrix_parameters(config, model), config.num_attention_heads, head_dims(config)
     if body is not None:
         inner = model.get_submodule(body)
         pooler = getattr(inner, "pooler", None)
@@ -84,7 +84,7 @@ def attention_windows(config: Any) -> list[int | None] | None:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _head_dims(config: Any) -> int:
+def head_dims(config: Any) -> int:
     """Widths of one head's query and value together; latent attention (DeepSeek) has two different ones."""
     nope, rope = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
     if nope is not None and rope is not None:

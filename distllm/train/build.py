@@ -138,7 +138,7 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     refuse_misfits(
         meta_model(guessed), spec=guessed, sizes=resolved.sizes(), axes=config.layout, moe=config.moe
     )
-    _refuse_too_large(config, guessed, world, shards=resolved.shards)
+    refuse_too_large(config, guessed, world, shards=resolved.shards)
     prepared = _data(config, world)
     data = DataFacts(prepared.digest, folder_digest(prepared.tokenizer_folder))
     comm.main_first(lambda: keep_tokenizer(folder, prepared.tokenizer_folder), world)
@@ -156,7 +156,7 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     samples = open_samples(
         prepared, config, resolved=resolved, tokenizer=tokenizer, decoder_start=spec.decoder_start, token_types=spec.token_types
     )
-    _refuse_too_large(config, spec, world, shards=resolved.shards)
+    refuse_too_large(config, spec, world, shards=resolved.shards)
     mesh = build_mesh(world, sizes=resolved.sizes())
     if spec.hf_config is not None:
         comm.main_first(lambda: keep_model_config(folder, spec.hf_config), world)
@@ -223,7 +223,7 @@ def _tell_loaded(report: LoadReport | None, log: logging.Logger) -> None:
         log.warning(f"the head that was taken answered {', '.join(report.head_was_for)}, and learns other labels now")
 
 
-def _refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:
+def refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:
     """Refuse a model too large for the memory: weights, and gradients and optimizer state of those that learn, alone."""
     model = meta_model(spec)
     apply_tune(model, spec, config.tune)

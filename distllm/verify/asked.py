@@ -54,14 +54,14 @@ def options_of(
     numbers = parse_ranks(ranks)
     real = MOST_REAL
     if device == "cuda":
-        real = _gpus()
+        real = gpus()
         numbers = [number for number in numbers if number <= real]
         if not real:
             raise ConfigError(["--device=cuda: no CUDA device is available here; nearest: cpu"])
     return Options(numbers, given, tuple(dict.fromkeys(wanted)), steps, faults, device, real, timeout_s)
 
 
-def _gpus() -> int:
+def gpus() -> int:
     """The GPUs of this machine, counted without starting CUDA: a process that has used it cannot be forked into ranks."""
     import os
 

@@ -155,7 +155,7 @@ def _rank(
     device: str, fake: bool, parent: int,
 ) -> None:  # fmt: skip
     """The life of a child."""
-    _die_with(parent)
+    die_with(parent)
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -172,7 +172,7 @@ def _rank(
             )  # fmt: skip
         answer = (True, function(World(rank, size, rank, size, target)))
     except BaseException as error:
-        answer = (False, _told(error))
+        answer = (False, told(error))
     sender.send(answer)
     sender.close()
     if answer[0]:  # one that failed goes at once, so that the others fail too
@@ -189,7 +189,7 @@ def _join_fake(rank: int, size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
 
-def _told(error: BaseException) -> Broken:
+def told(error: BaseException) -> Broken:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ConfigError):
         return Broken(error.problems[0], tuple(error.problems))
@@ -197,7 +197,7 @@ def _told(error: BaseException) -> Broken:
     return Broken(f"{kind}{lines[0] if lines else 'no text'}", trace=traceback.format_exc())
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Ask Linux to kill this process when its parent dies, in whatever way."""
     if sys.platform != "linux":
         return
