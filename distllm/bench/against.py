@@ -6,11 +6,13 @@ CPU time of all ranks, which other work on the machine hardly enters. Sides take
 
 from __future__ import annotations
 
+import contextlib
+import io
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,7 @@ def take_turns(case: Case, world: World, *, sides: Sequence[str], rounds: int, s
     data = next(batches)
     batches.close()
     micro = [batch.to(world.device) for batch in data.microbatches]
-    with tempfile.TemporaryDirectory(prefix="distllm-bench-") as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other packages
+    with tempfile.TemporaryDirectory(prefix="distllm-bench-") as folder, _quiet():
         runs: dict[str, Side] = {OURS: _ours(case, world, micro, tokens=data.tokens)}
         for side in sides:
             setting = Setting(config, world, _same_model(case, world), micro, Path(folder))
@@ -106,6 +107,14 @@ def take_turns(case: Case, world: World, *, sides: Sequence[str], rounds: int, s
                 cpu[side].append(spent / steps)
                 wall[side].append(took / steps)
     return Turns({k: tuple(v) for k, v in cpu.items()}, {k: tuple(v) for k, v in wall.items()}, data.tokens)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what other packages print and warn of: it would stand between the rows."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _make(side: str, setting: Setting) -> Side:

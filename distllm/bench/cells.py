@@ -62,8 +62,11 @@ def cells_of(file: Path, overrides: Sequence[str], points: Sequence[Point], room
     """
     if not points:
         found = [_cell(file, overrides, point, room) for point in _usual(load(file, overrides).config, room)]
-        runs = [cell for cell in found if not cell.refused]
-        return list({_what_runs(cell): cell for cell in reversed(runs)}.values())[::-1] or found[:1]
+        different: dict[str, Cell] = {}
+        for cell in found:
+            if not cell.refused:
+                different.setdefault(_what_runs(cell), cell)
+        return list(different.values()) or found[:1]
     cells, problems = [], []
     for point in points:
         try:

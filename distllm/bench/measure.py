@@ -90,8 +90,8 @@ def _measure(case: Case, world: World, *, steps: int, warmup: int) -> RankFigure
     config, device = case.config, world.device
     tune_host(config, world)
     torch._inductor.config.compile_threads = 1  # this process is forked and may have no pool
+    base = resident()  # before the products: what they free is kept by the allocator, and used again by the model
     rate = matrix_rate(device, DTYPES[config.precision.compute], world)
-    base = resident()
     resolved = resolve_layout(config, world.size)
     refuse_too_large(config, case.spec, world, shards=resolved.shards)
     mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})

@@ -123,6 +123,7 @@ def hf_trainer(setting: Setting) -> Callable[[int], tuple[float, float]]:
             report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, ddp_find_unused_parameters=False,
             dataloader_pin_memory=world.device.type == "cuda", remove_unused_columns=False,
         )  # fmt: skip
+        assert arguments.world_size == world.size
         clock.at.clear()
         repeated: Any = data * (steps + 1) * world.size  # the Trainer deals rows to ranks
         transformers.Trainer(

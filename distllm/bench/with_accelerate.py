@@ -21,6 +21,7 @@ def accelerated(setting: Setting) -> Callable[[], None]:
         cpu=setting.world.device.type == "cpu", mixed_precision="bf16" if config.precision.compute == "bf16" else "no",
         gradient_accumulation_steps=len(micro),
     )  # fmt: skip
+    assert accelerator.num_processes == setting.world.size
     model, optimizer = accelerator.prepare(setting.model, adamw(setting.model, config))
     count = 0
 
