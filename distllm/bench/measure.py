@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 
 from distllm import comm
@@ -79,19 +81,22 @@ def measure(case: Case, world: World, *, steps: int, warmup: int) -> RankFigures
         ConfigError: the layout does not fit the model. A collective call.
     """
     try:
-        return _measure(case, world, steps=steps, warmup=warmup)
+        tune_host(case.config, world)
+        figures = _trained(case, world, steps=steps, warmup=warmup)
+        gc.collect()  # the model is gone when the products take their memory
+        rate = matrix_rate(world.device, DTYPES[case.config.precision.compute], world)
+        return replace(figures, matrix_rate=rate)
     except Exception as error:
         if describe(error)[1] == EXIT_MEMORY and not isinstance(error, DistllmError):
             raise OutOfMemory(f"{NO_MEMORY}: {one_line(str(error)) or type(error).__name__}") from error
         raise
 
 
-def _measure(case: Case, world: World, *, steps: int, warmup: int) -> RankFigures:
+def _trained(case: Case, world: World, *, steps: int, warmup: int) -> RankFigures:
+    """All figures but the rate of matrix products, which would leave its mark on the memory of a small model."""
     config, device = case.config, world.device
-    tune_host(config, world)
     torch._inductor.config.compile_threads = 1  # this process is forked and may have no pool
-    base = resident()  # before the products: what they free is kept by the allocator, and used again by the model
-    rate = matrix_rate(device, DTYPES[config.precision.compute], world)
+    base = resident()
     resolved = resolve_layout(config, world.size)
     refuse_too_large(config, case.spec, world, shards=resolved.shards)
     mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})
@@ -110,7 +115,7 @@ def _measure(case: Case, world: World, *, steps: int, warmup: int) -> RankFigure
         memory = peak_memory(device) if device.type == "cuda" else max(0, peak_memory(device) - base)
         sent = None if config.train.compile else _sent(engine, batches, mesh)
     return RankFigures(
-        _name(device), torch.get_num_threads(), step_s, wait_s, cpu_s, tokens, memory, rate, _sheet_peak(case, device), sent,
+        _name(device), torch.get_num_threads(), step_s, wait_s, cpu_s, tokens, memory, 0.0, _sheet_peak(case, device), sent,
         float(loss),
     )  # fmt: skip
 
@@ -176,6 +181,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, world: World, *, size:
         size: rows and columns; None: as much as fills the device.
     """
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
     size = size or (8192 if cuda else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -187,11 +194,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, world: World, *, size:
             torch.cuda.synchronize(device)
         if number:  # the first one loads kernels
             best = min(best, time.perf_counter() - before)
-    together(world)  # no rank begins its model while another still multiplies
-    if cuda:
-        del a, b
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    together(world)  # no rank leaves while another still multiplies
     return 2.0 * size**3 / best
 
 
