@@ -209,6 +209,7 @@ def bench(
     """Measure layouts, micro-batches, precisions: speed, MFU, memory, traffic, scaling; here, or in a job."""
     from distllm.bench.asked import options_of
     from distllm.config.machine import cores
+    from distllm.rank_facts import rank_facts
 
     loaded = _checked(config, overrides)
     if config.is_dir() and not trust:
@@ -225,7 +226,7 @@ def bench(
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-bench"
     command = shlex.join(["distllm", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else f"distllm bench {config}"
-    room = Room(gpus, cores(), _world_size())
+    room = Room(gpus, cores(), rank_facts() if _world_size() is not None else None)
     return run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
 
 

@@ -110,6 +110,23 @@ def _join(facts: RankFacts, backend: str, timeout: timedelta) -> None:
     dist.all_reduce(torch.zeros(1))
 
 
+def meeting_store(facts: RankFacts, *, timeout_s: float) -> dist.Store:
+    """The store in which the ranks of a job meet, for those that form no process group themselves.
+
+    Args:
+        facts: of this rank; rank 0 serves the store, unless the launcher does.
+        timeout_s: seconds to wait for the others.
+
+    Raises:
+        ValueError: an address or a port that cannot be.
+    """
+    if facts.meet != "env://":
+        _use_interface("127.0.0.1")  # a file is the meeting point of one machine
+        return dist.FileStore(facts.meet.removeprefix("file://"), facts.size)
+    _use_interface(facts.address)
+    return _store(facts, timedelta(seconds=timeout_s))
+
+
 def _use_interface(address: str) -> None:
     """Let gloo listen where the job's network is: by itself it takes what the host's own name resolves to."""
     name = interface_toward(address)

@@ -11,6 +11,7 @@ from distllm.config.check import ranks_for, resolve_layout
 from distllm.config.errors import ConfigError
 from distllm.config.load import load
 from distllm.config.schema import Config
+from distllm.rank_facts import RankFacts
 from distllm.verify.layouts import MOST_REAL, refusals
 
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
@@ -23,8 +24,13 @@ class Room:
     gpus: int
     """0: a CPU."""
     cores: int
-    ranks: int | None = None
-    """Of the job that this runs in; None: as many processes as a cell asks for, on this machine."""
+    job: RankFacts | None = None
+    """This rank of the job that this runs in; None: as many processes as a cell asks for, on this machine."""
+
+    @property
+    def ranks(self) -> int | None:
+        """Of the job, if there is one."""
+        return self.job.size if self.job is not None else None
 
     @property
     def most(self) -> int:

@@ -43,7 +43,7 @@ class Bench:
         """
         self.options, self.room = options, room
         self._cases = Cases(folder, synthetic=options.data == "synthetic")
-        self._job = Job(cuda=room.gpus > 0) if room.ranks is not None else None
+        self._job = Job(room.job, cuda=room.gpus > 0) if room.job is not None else None
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +85,11 @@ class Bench:
             row = failed(cell, reports)
             return told | {"status": row.status, "why": row.why}
         return told | {"status": MEASURED, "tokens": reports[0].tokens, "sides": against.summary(reports)}
+
+    def leave(self) -> None:
+        """Nothing more is to be run."""
+        if self._job is not None:
+            self._job.leave()
 
     def _case(self, config: Any) -> Case:
         """The case of a config; in a job, rank 0 makes the tokens while the others wait."""
@@ -142,6 +147,7 @@ def bench(
             lines += [f"note     {line}" for line in remarks(old, record)]
             lines += [f"SLOWER   {line}" for line in worse] or [f"compare  no worse than {options.compare}"]
         say([*lines, *(f"{'written':<9}{path}" for path in files)])
+    running.leave()
     return EXIT_SLOWER if worse else EXIT_OK
 
 

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distllm.comm import World
+from distllm.comm import World, meeting_store
+from distllm.rank_facts import RankFacts
 from distllm.verify.ranks import GRACE_S, Broken, die_with, told
 
 T = TypeVar("T")
@@ -32,21 +33,18 @@ POLL_S = 0.1
 class Job:
     """The ranks of this job."""
 
-    def __init__(self, *, cuda: bool, timeout_s: float = 120.0) -> None:
-        """Find the other ranks by what the launcher put into the environment.
+    def __init__(self, facts: RankFacts, *, cuda: bool, timeout_s: float = 120.0) -> None:
+        """Find the other ranks.
 
         Args:
+            facts: what the launcher says of this one.
             cuda: whether cells run on GPUs.
             timeout_s: seconds to wait for the others.
         """
-        method = os.environ.get("DISTLLM_INIT_METHOD", "env://")
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self._local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.rank, self.size = facts.rank, facts.size
+        self._local_rank, self._local_size = facts.local_rank, facts.local_size
         self._cuda, self._cell = cuda, 0
-        wait = timedelta(seconds=timeout_s)
-        found = next(iter(dist.rendezvous(method, rank=self.rank, world_size=self.size, timeout=wait)))
-        self._store: Any = dist.PrefixStore("distllm-bench", found[0])
+        self._store: Any = dist.PrefixStore("distllm-bench", meeting_store(facts, timeout_s=timeout_s))
 
     def meet(self) -> None:
         """Wait until every rank of the job is here."""
@@ -54,6 +52,13 @@ class Job:
         self._cell += 1
         store.set(str(self.rank), "here")
         store.wait([str(rank) for rank in range(self.size)], timedelta(hours=1))
+
+    def leave(self) -> None:
+        """Go; rank 0, which may serve the store, as the last."""
+        store = dist.PrefixStore("leaving", self._store)
+        store.set(str(self.rank), "gone")
+        if self.rank == 0:
+            store.wait([str(rank) for rank in range(self.size)], timedelta(minutes=5))
 
     def on_ranks(self, function: Callable[[World], T], size: int, *, timeout_s: float) -> list[T] | Broken:
         """Call `function(world)` in a new process of the first `size` ranks; every rank of the job calls this alike.
