@@ -27,7 +27,7 @@ from distllm.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "datasets", "wandb", "numpy", "tokenizers", "matplotlib", "accelerate", "deepspeed", "pyarrow"}
-COMMANDS = ("prepare", "train", "launch", "jobs", "eval", "predict", "generate", "export", "explain", "report")
+COMMANDS = ("prepare", "train", "bench", "launch", "jobs", "eval", "predict", "generate", "export", "explain", "report")
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def commands(page: Path) -> list[str]:
 def shrunken(command: str) -> list[str]:
     """The command with a model and a text that take no time; what reads a run is left as it is."""
     words = shlex.split(command)
-    if "distllm" in words and {"train", "launch", "prepare", "explain"} & set(words):
+    if "distllm" in words and {"train", "launch", "prepare", "explain", "bench"} & set(words):
         words += [o for o in SHRINK if not any(w.startswith(o.split("=")[0] + "=") for w in words)]
     return words
 
