@@ -385,10 +385,10 @@ def test_memory_is_counted_for_what_learns(tmp_path: Path, monkeypatch: pytest.M
     weights = 4 * sum(p.numel() for p in meta_model(spec).parameters())
     monkeypatch.setattr(building, "memory_of", lambda device: 3 * weights)
     with pytest.raises(ConfigError, match="GiB"):
-        building._refuse_too_large(config, spec, ONE, shards=1)
-    building._refuse_too_large(config, spec, ONE, shards=2)
+        building.refuse_too_large(config, spec, ONE, shards=1)
+    building.refuse_too_large(config, spec, ONE, shards=2)
     head = config.model_copy(update={"tune": TuneConfig(train="head")})
-    building._refuse_too_large(head, spec, ONE, shards=1)
+    building.refuse_too_large(head, spec, ONE, shards=1)
 
 
 def test_what_an_evaluation_decides_all_ranks_decide_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
