@@ -45,7 +45,7 @@ class DeepSpeedEngine:
     """Trains a model over which DeepSpeed's ZeRO is laid; all ranks read different samples.
 
     The host waits for every step: DeepSpeed reads the norm there. A step that is not finite on any rank leaves weights,
-    optimizer state and schedule as they were.
+    optimizer state and schedule as they were. One engine a process: ZeRO 3 changes torch itself, and a second engine hangs.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         world: this rank's facts; its process group has been started. All ranks read different samples.
 
         Raises:
-            ConfigError: DeepSpeed is not there.
+            ConfigError: DeepSpeed does not do what it was told.
         """
         self.updates = 0
         self.skips_in_a_row = 0
@@ -319,13 +319,9 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Map
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls names that torch has deprecated, at every collective.
     warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\..*")
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        raise ConfigError(
-            ["engine.name=deepspeed: needs deepspeed; pip install 'distllm[deepspeed]', or engine.name=native"]
-        ) from error
+    import deepspeed
+    import deepspeed.ops
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and not used in training
     if not dist.is_initialized():  # a world of one

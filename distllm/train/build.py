@@ -36,7 +36,7 @@ from distllm.parallel.tensor_check import narrowest
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
-from distllm.train.build_deepspeed import build_deepspeed
+from distllm.train.build_deepspeed import build_deepspeed, require_deepspeed
 from distllm.train.distill import Teacher, distilled
 from distllm.train.folder import (
     RunFolder,
@@ -120,6 +120,8 @@ def build(config: Config, world: World) -> Run:
         DistllmError: what the user has to change, the same on every rank.
         OSError: the run folder cannot be written.
     """
+    if config.engine.name == "deepspeed":
+        require_deepspeed()
     tune_host(config, world)
     resolved = resolve_layout(config, world.size)
     config = resolved_config(config, world.size)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from distllm.comm import World
 from distllm.config.deepspeed_json import deepspeed_json
+from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.engine.deepspeed import DeepSpeedEngine, Tensors
 from distllm.models.build import meta_model
@@ -13,6 +16,20 @@ from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
 from distllm.train.tasks import Task
 from distllm.train.tune import learning_rate_scales
+
+
+def require_deepspeed() -> None:
+    """Refuse to begin where DeepSpeed is not installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        found = find_spec("deepspeed") is not None
+    except ValueError:  # it stands in sys.modules as absent
+        found = False
+    if not found:
+        raise ConfigError(["engine.name=deepspeed: needs deepspeed; pip install 'distllm[deepspeed]', or engine.name=native"])
 
 
 def build_deepspeed(config: Config, world: World, *, spec: ModelSpec, task: Task, tensors: Tensors) -> DeepSpeedEngine:
