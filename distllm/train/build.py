@@ -166,8 +166,8 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     if spec.hf_config is not None:
         comm.main_first(lambda: keep_model_config(folder, spec.hf_config), world)
     _tell_loaded(load_report(plain), log)
-    first = partial(first_tensors, plain, spec, seed=config.seed)
     engine: Engine
+    first = partial(first_tensors, plain, spec, seed=config.seed)
     if config.engine.name == "deepspeed":
         engine = build_deepspeed(config, world, spec=spec, task=task, tensors=first)
     else:

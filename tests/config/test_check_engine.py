@@ -77,7 +77,7 @@ def test_the_json_spells_out_the_batch_and_has_no_auto() -> None:
         "bf16": {"enabled": True}, "communication_data_type": "fp32", "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="has no DeepSpeed JSON; nearest: engine.name=deepspeed"):
+    with pytest.raises(ConfigError, match=r"has no DeepSpeed JSON; nearest: engine.name=deepspeed"):
         deepspeed_json(load(QUICKSTART, []).config, ranks=1)
 
 
