@@ -171,8 +171,8 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     if config.engine.name == "deepspeed":
         engine = build_deepspeed(config, world, spec=spec, task=task, tensors=first)
     else:
-        teacher = laid_out(taught_by, config, world, mesh=mesh)
-        engine = build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=first(), teacher=teacher)
+        taught = laid_out(taught_by, config, world, mesh=mesh)
+        engine = build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=first(), teacher=taught)
     seed_rank(config.seed, dp_rank=_reader(mesh), step=0)
     attempt = comm.broadcast(secrets.token_hex(4), world)
     checkpoints = CheckpointManager(
