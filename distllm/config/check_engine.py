@@ -35,6 +35,8 @@ def _for_deepspeed_only(engine: EngineConfig) -> Iterator[str]:
 
 
 def _sharding(engine: EngineConfig) -> Iterator[str]:
+    if engine.zero_stage > 3:
+        yield f"engine.zero_stage={engine.zero_stage}: ZeRO has stages 1, 2 and 3; nearest: 3"
     if engine.zero_stage == 0:
         # Without ZeRO, DeepSpeed 0.19 tells no gradient norm in fp32; in bf16 its unfused optimizer takes a step of zero
         # gradients at the start, so that Adam's bias correction is one step off (losses off by 4.6e-2); and with its

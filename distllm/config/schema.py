@@ -303,7 +303,7 @@ class EngineConfig(Section):
 
     name: Literal["native", "deepspeed"] = "native"
     """native: torch alone, every layout. deepspeed: DeepSpeed's ZeRO over all ranks (Rajbhandari et al. 2019, arXiv 1910.02054); needs `pip install 'distllm[deepspeed]'`."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    zero_stage: NonNegative = 2
     """With deepspeed: what is sharded. 1: the optimizer state; 2: gradients too; 3: parameters too."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """With deepspeed: where optimizer state and fp32 weights lie, besides the GPU, and where the update is computed."""

@@ -33,6 +33,7 @@ def test_every_stage_of_zero_is_fine() -> None:
     ("given", "near"),
     [
         ("engine.zero_stage=0", "1, or engine.name=native with layout.dp_replicate"),
+        ("engine.zero_stage=4", "3"),
         ("engine.offload_optimizer=nvme", "cpu"),
         ("engine.offload_parameters=cpu", "none, or engine.zero_stage=3"),
         ("layout.tp=2", "1, or engine.name=native"),
