@@ -425,6 +425,7 @@ def explain(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Work the batch out for this number of ranks.")] = None,
     timeline: Annotated[Path | None, typer.Option(help="Draw the pipeline's step to this PNG file.")] = None,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Print the JSON that DeepSpeed is given, and no more.")] = False,
 ) -> int:
     """Show every value of a config, where it came from, and what it means."""
     from distllm.config import explain as explaining
@@ -439,6 +440,9 @@ def explain(
 
     loaded = load(config, [word for word in words or [] if "=" in word])
     ranks = processes or _world_size() or ranks_for(loaded.config, devices=0)
+    if deepspeed:
+        print(explaining.deepspeed(loaded.config, ranks=ranks))
+        return EXIT_OK
     explaining.show(loaded, [word for word in words or [] if "=" not in word], ranks=ranks, terminal=sys.stdout.isatty())
     problems = check(loaded.config, world_size=ranks)
     if problems:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distllm.config.check_activation import activation_problems
 from distllm.config.check_context import context_problems
+from distllm.config.check_engine import engine_problems
 from distllm.config.check_expert import expert_problems, experts_in
 from distllm.config.check_pipeline import schedule_problems, virtual_stages
 from distllm.config.check_task import packed
@@ -170,4 +171,4 @@ def _multiple(value: int, of: int) -> int:
     return max(of, of * ((value + of // 2) // of))
 
 
-LAYOUT_RULES = (_tensor, _context, _pipeline, _experts, _noise, _unused, activation_problems)
+LAYOUT_RULES = (_tensor, _context, _pipeline, _experts, _noise, _unused, activation_problems, engine_problems)

@@ -7,7 +7,8 @@ import json
 import textwrap
 from dataclasses import dataclass
 
-from distllm.config.check import Resolved, resolve_layout
+from distllm.config.check import Resolved, check, resolve_layout
+from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.kinds import describe, field_of, kind_at, shown
 from distllm.config.load import Loaded, leaves
@@ -99,6 +100,17 @@ def json_schema() -> str:
         if "$ref" in field:
             schema["properties"][name] = {"anyOf": [{"$ref": field.pop("$ref")}, {"type": "null"}], **field}
     return json.dumps(head | {k: v for k, v in schema.items() if k != "title"}, indent=2, ensure_ascii=False) + "\n"
+
+
+def deepspeed(config: Config, *, ranks: int) -> str:
+    """The JSON that DeepSpeed is given.
+
+    Raises:
+        ConfigError: the config has a problem, or its engine is another one.
+    """
+    if problems := check(config, world_size=ranks):
+        raise ConfigError(problems)
+    return json.dumps(deepspeed_json(config, ranks=ranks), indent=2)
 
 
 def _derived(config: Config, ranks: int) -> dict[str, int]:

@@ -30,7 +30,7 @@ from distllm.config.schema import Config, Section
 
 # What a run may change when it resumes, because the weights it computes do not follow from it (up to rounding). The batch
 # is compared as one number, so that another layout may split it otherwise; `train.steps` may grow to train on.
-_FREE_SECTIONS = {"name", "out", "resume", "device", "layout", "activation", "checkpoint", "track", "decode"}
+_FREE_SECTIONS = {"name", "out", "resume", "device", "layout", "engine", "activation", "checkpoint", "track", "decode"}
 _FREE_KEYS = {
     "model.attention", "model.trust_remote_code", "data.workers", "data.prefetch", "data.store", "optim.implementation",
     "task.metrics",

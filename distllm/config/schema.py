@@ -298,6 +298,19 @@ class LayoutConfig(Section):
     """With pp_schedule csv: a file with a line for each rank, a cell for each slot: 0F3 is the forward pass of micro-batch 3 on stage 0; B backward, or I and W, its halves for inputs and for weights."""
 
 
+class EngineConfig(Section):
+    """What takes the training step."""
+
+    name: Literal["native", "deepspeed"] = "native"
+    """native: torch alone, every layout. deepspeed: DeepSpeed's ZeRO over all ranks (Rajbhandari et al. 2019, arXiv 1910.02054); needs `pip install 'distllm[deepspeed]'`."""
+    zero_stage: NonNegative = 2
+    """With deepspeed: what is sharded. 1: the optimizer state; 2: gradients too; 3: parameters too."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """With deepspeed: where optimizer state and fp32 weights lie, besides the GPU, and where the update is computed."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """With deepspeed and zero_stage 3: where the shards of the parameters lie."""
+
+
 class MoeConfig(Section):
     """Mixture-of-experts models: losses that keep experts evenly loaded. They are of each sample by itself, so no split of the batch changes them."""
 
@@ -477,6 +490,7 @@ class Config(Section):
     decode: DecodeConfig = DecodeConfig()
     data: DataConfig = DataConfig()
     layout: LayoutConfig = LayoutConfig()
+    engine: EngineConfig = EngineConfig()
     moe: MoeConfig = MoeConfig()
     precision: PrecisionConfig = PrecisionConfig()
     activation: ActivationConfig = ActivationConfig()

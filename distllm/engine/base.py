@@ -64,6 +64,12 @@ class Engine(Protocol):
     """Optimizer steps taken: the position of the learning-rate schedule."""
     skips_in_a_row: int
     """Steps not taken since the last one that was."""
+    unused: tuple[str, ...] | None
+    """The parameters that the first step left without a gradient, as far as that is known; None before it."""
+    device: torch.device
+    """Where this rank computes."""
+    parts_are_shared: bool
+    """Whether the model answers only when every rank calls it, because ranks hold parts of it."""
 
     @property
     def step(self) -> int:
@@ -84,6 +90,10 @@ class Engine(Protocol):
 
     def averaged(self) -> AbstractContextManager[None]:
         """The moving averages in the weights' place, where there are any; afterwards the weights, to the bit."""
+        ...
+
+    def restart_average(self) -> None:
+        """Begin the moving average with the present weights."""
         ...
 
     def inference(self) -> AbstractContextManager[nn.Module]:

@@ -85,6 +85,7 @@ class NativeEngine:
         self._loss_unit = loss_unit
         self._objective, self._schedule, self._clip, self._penalty = objective, schedule, clip, penalty
         self.device, self._rank = device, rank
+        self.parts_are_shared = parallel.sharded
         self._dtype = DTYPES[precision.compute]
         self._sums = torch.float64 if self._dtype == torch.float64 else torch.float32
         self._scale = LossScale(precision) if precision.compute == "fp16" else None

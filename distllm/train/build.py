@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from distllm.data.loader import open_samples
 from distllm.data.prepare import Prepared, open_prepared, prepare
 from distllm.data.samples import Samples
 from distllm.data.tokenizer import Roles, check_roles, folder_digest, roles_of
+from distllm.engine.base import Engine
 from distllm.engine.native import DTYPES, NativeEngine
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
@@ -34,6 +36,7 @@ from distllm.parallel.tensor_check import narrowest
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
+from distllm.train.build_deepspeed import build_deepspeed, require_deepspeed
 from distllm.train.distill import Teacher, distilled
 from distllm.train.folder import (
     RunFolder,
@@ -94,7 +97,7 @@ class Run:
     """Of transformers."""
     samples: Samples
     data: DataFacts
-    engine: NativeEngine
+    engine: Engine
     checkpoints: CheckpointManager
     tracker: Tracker
     meter: Meter
@@ -117,6 +120,8 @@ def build(config: Config, world: World) -> Run:
         DistllmError: what the user has to change, the same on every rank.
         OSError: the run folder cannot be written.
     """
+    if config.engine.name == "deepspeed":
+        require_deepspeed()
     tune_host(config, world)
     resolved = resolve_layout(config, world.size)
     config = resolved_config(config, world.size)
@@ -161,10 +166,13 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     if spec.hf_config is not None:
         comm.main_first(lambda: keep_model_config(folder, spec.hf_config), world)
     _tell_loaded(load_report(plain), log)
-    engine = build_engine(
-        config, world, mesh=mesh, spec=spec, task=task, tensors=first_tensors(plain, spec, seed=config.seed),
-        teacher=laid_out(taught_by, config, world, mesh=mesh),
-    )  # fmt: skip
+    engine: Engine
+    first = partial(first_tensors, plain, spec, seed=config.seed)
+    if config.engine.name == "deepspeed":
+        engine = build_deepspeed(config, world, spec=spec, task=task, tensors=first)
+    else:
+        taught = laid_out(taught_by, config, world, mesh=mesh)
+        engine = build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=first(), teacher=taught)
     seed_rank(config.seed, dp_rank=_reader(mesh), step=0)
     attempt = comm.broadcast(secrets.token_hex(4), world)
     checkpoints = CheckpointManager(
@@ -333,7 +341,7 @@ def _resume_point(config: Config, checkpoints: CheckpointManager) -> Found | Non
 
 def _restore(
     found: Found,
-    engine: NativeEngine,
+    engine: Engine,
     checkpoints: CheckpointManager,
     *,
     run_data: DataFacts,

@@ -57,7 +57,7 @@ def _written(run: Run, model: nn.Module, batch: Batch) -> Iterator[tuple[str, st
     )  # fmt: skip
     rows = beam_search(
         model, input_ids=here.inputs["input_ids"], attention_mask=here.inputs["attention_mask"], writing=writing,
-        decode=run.config.decode, to_the_end=run.engine.parallel.sharded,
+        decode=run.config.decode, to_the_end=run.engine.parts_are_shared,
     )  # fmt: skip
     labels = batch.targets["labels"].cpu().numpy()
     for row, label, number in zip(rows, labels, batch.sample_ids, strict=True):

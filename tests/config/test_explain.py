@@ -74,7 +74,7 @@ def test_the_terminal_gets_a_table(loaded: Loaded, capsys: pytest.CaptureFixture
     [
         ("train.stps", "train.stps: unknown key; nearest: train.steps"),
         ("lr", "lr: unknown key; nearest: optim.lr"),
-        ("qqq", "qqq: unknown key; sections: name, out, seed, resume, device, task, model, tune, distill, decode, data, layout, moe, precision, activation, optim, schedule, train, checkpoint, track"),
+        ("qqq", "qqq: unknown key; sections: name, out, seed, resume, device, task, model, tune, distill, decode, data, layout, engine, moe, precision, activation, optim, schedule, train, checkpoint, track"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_names_the_nearest(loaded: Loaded, key: str, line: str) -> None:

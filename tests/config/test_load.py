@@ -141,7 +141,7 @@ zzz: 1
             'train.timeout_s="12": must be a whole number above 0; nearest: 12',
             "train.stpes=5: unknown key; nearest: train.steps",
             "lr=3: unknown key; nearest: optim.lr",
-            "zzz=1: unknown key; known here: name, out, seed, resume, device, task, model, tune, distill, decode, data, layout, moe, precision, activation, optim, "
+            "zzz=1: unknown key; known here: name, out, seed, resume, device, task, model, tune, distill, decode, data, layout, engine, moe, precision, activation, optim, "
             "schedule, train, checkpoint, track",
         ]
     )  # fmt: skip

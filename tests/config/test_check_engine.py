@@ -1,0 +1,92 @@
+"""What DeepSpeed cannot do is refused by name, and the JSON that it is given leaves nothing open."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distllm.config.check import check
+from distllm.config.deepspeed_json import deepspeed_json
+from distllm.config.errors import ConfigError
+from distllm.config.load import load
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+DEEPSPEED = "engine.name=deepspeed"
+
+
+def problems(*overrides: str) -> list[str]:
+    return check(load(QUICKSTART, list(overrides)).config)
+
+
+def test_every_stage_of_zero_is_fine() -> None:
+    for stage in (1, 2, 3):
+        assert problems(DEEPSPEED, f"engine.zero_stage={stage}", "precision.compute=bf16") == []
+    both = ("engine.offload_optimizer=cpu", "engine.offload_parameters=cpu")
+    assert problems(DEEPSPEED, "engine.zero_stage=3", *both) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("engine.zero_stage=0", "1, or engine.name=native with layout.dp_replicate"),
+        ("engine.zero_stage=4", "3"),
+        ("engine.offload_optimizer=nvme", "cpu"),
+        ("engine.offload_parameters=cpu", "none, or engine.zero_stage=3"),
+        ("layout.tp=2", "1, or engine.name=native"),
+        ("layout.pp=2", "1, or engine.name=native"),
+        ("layout.cp=2", "1, or engine.name=native"),
+        ("layout.ep=2", "1, or engine.name=native"),
+        ("layout.dp_replicate=2", "1 with layout.dp_shard=auto, or engine.name=native"),
+        ("layout.reshard_after_forward=false", "true, or engine.name=native"),
+        ("precision.compute=fp16", "bf16"),
+        ("precision.compute=fp64", "fp32, or engine.name=native"),
+        ("train.batch_tokens=4096", "null, or engine.name=native"),
+        ("train.batch_ramp=10", "0, or engine.name=native"),
+        ("train.ema=0.9", "0.0, or engine.name=native"),
+        ("train.compile=true", "false, or engine.name=native"),
+        ("activation.mode=full", "none, or engine.name=native"),
+        ("optim.l1=0.1", "0.0, or engine.name=native"),
+        ("optim.l2=0.1", "0.0, or engine.name=native"),
+        ("moe.balance=0.1", "0.0, or engine.name=native"),
+        ("moe.z_loss=0.1", "0.0, or engine.name=native"),
+        ("tune.train=head", "all, or engine.name=native"),
+        ("track.noise_scale=true", "false, or engine.name=native"),
+        ("distill.teacher=runs/big", "null, or engine.name=native"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_what_can(given: str, near: str) -> None:
+    lines = [line for line in problems(DEEPSPEED, "device=cpu", given) if line.startswith(f"{given}: ")]
+    assert [line.partition("; nearest: ")[2] for line in lines if line.endswith(f"; nearest: {near}")] == [near], lines
+
+
+def test_its_options_are_not_for_the_native_engine() -> None:
+    (line,) = problems("engine.zero_stage=3")
+    assert line == "engine.zero_stage=3: is for engine.name=deepspeed, not native; nearest: 2, or engine.name=deepspeed"
+
+
+def test_the_json_spells_out_the_batch_and_has_no_auto() -> None:
+    overrides = [DEEPSPEED, "engine.zero_stage=3", "engine.offload_parameters=cpu", "precision.compute=bf16"]
+    batch = ["train.global_batch=16", "train.micro_batch=2", "train.accumulation=auto"]
+    config = load(QUICKSTART, [*overrides, *batch]).config
+    assert deepspeed_json(config, ranks=4) == {
+        "train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
+        "gradient_clipping": config.optim.clip, "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
+        "bf16": {"enabled": True}, "communication_data_type": "fp32", "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"has no DeepSpeed JSON; nearest: engine.name=deepspeed"):
+        deepspeed_json(load(QUICKSTART, []).config, ranks=1)
+
+
+def test_explain_prints_it_and_nothing_else() -> None:
+    command = [sys.executable, "-m", "distllm", "explain", str(QUICKSTART), "--deepspeed", "--processes", "2"]
+    done = subprocess.run([*command, DEEPSPEED], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    config = load(QUICKSTART, [DEEPSPEED]).config
+    assert json.loads(done.stdout) == deepspeed_json(config, ranks=2)
+    refused = subprocess.run([*command, DEEPSPEED, "layout.tp=2"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode != 0 and refused.stdout == "" and "layout.tp=2" in refused.stderr

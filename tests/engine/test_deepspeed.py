@@ -1,0 +1,160 @@
+"""ZeRO 1, 2 and 3 against one process of the native engine, through whole runs, and checkpoints that cross engines."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distllm.comm import World
+from distllm.config.errors import ConfigError
+from distllm.config.schema import Config
+from distllm.data.batch import IGNORE
+from distllm.engine.base import LossTerms
+from distllm.engine.deepspeed import _refuse_ignored
+from distllm.train.build import build
+from distllm.train.loop import train
+from distllm.train.objectives import causal_lm
+from tests.ranks import on_ranks
+from tests.runs import losses, metrics, run_tiny, state, tiny_config
+
+COMMON = (
+    "train.eval_every=0", "train.sample_every=0", "checkpoint.every=0", "checkpoint.asynchronous=false",
+    "schedule.name=constant", "optim.clip=0.5", "optim.eps=1e-4",
+)  # fmt: skip
+"""With a small eps Adam makes a step of any gradient, so that where one is nothing but rounding, weights part by whole steps."""
+STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> Iterator[None]:
+    """DeepSpeed in the parent of all ranks: imported once."""
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed  # noqa: F401
+    yield
+    del os.environ["DS_ACCELERATOR"]
+    if before is not None:
+        os.environ["DS_ACCELERATOR"] = before
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def reference(place: Path) -> Path:
+    """The run folder of one process of the native engine."""
+    config = tiny_config(place, *COMMON, "name=one", f"train.steps={STEPS}")
+    assert on_ranks(lambda world: run_tiny(world, config), 1, place / "ranks") == [0]
+    return place / "runs" / "one"
+
+
+def zero(stage: int, *more: str) -> tuple[str, ...]:
+    return ("engine.name=deepspeed", f"engine.zero_stage={stage}", *more)
+
+
+def go(place: Path, name: str, *how: str, steps: int, ranks: int = 2) -> Path:
+    """Train, or train on, until `steps`."""
+    config = tiny_config(place, *COMMON, f"name={name}", f"train.steps={steps}", *how)
+    assert on_ranks(lambda world: run_tiny(world, config), ranks, place / "ranks") == [0] * ranks
+    return place / "runs" / name
+
+
+def assert_equal_runs(run: Path, reference: Path) -> None:
+    """Losses, norms, weights and optimizer state of two runs agree as two layouts of one engine do."""
+    mine, theirs = losses(run), losses(reference)
+    assert list(mine) == list(theirs)
+    np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=0, atol=2e-6)
+    norms = [[line["grad_norm"] for line in metrics(folder) if "loss" in line] for folder in (run, reference)]
+    np.testing.assert_allclose(*norms, rtol=2e-6)
+    ours, expected = state(run), state(reference)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_goes_from_zero_to_the_native_engine_and_back(stage: int, place: Path, reference: Path) -> None:
+    offload = {2: ["engine.offload_optimizer=cpu"], 3: ["engine.offload_optimizer=cpu", "engine.offload_parameters=cpu"]}
+    name = f"stage-{stage}"
+    go(place, name, *zero(stage), steps=2)
+    go(place, name, steps=4, ranks=1)
+    run = go(place, name, *zero(stage), *offload.get(stage, []), steps=STEPS)
+    assert_equal_runs(run, reference)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_is_near_and_goes_on_to_the_bit(stage: int, place: Path, reference: Path) -> None:
+    how = zero(stage, "precision.compute=bf16")
+    unbroken = go(place, f"bf16-{stage}", *how, steps=4)
+    go(place, f"bf16-broken-{stage}", *how, steps=2)
+    broken = go(place, f"bf16-broken-{stage}", *how, steps=4)
+    assert losses(broken) == losses(unbroken)
+    one = losses(reference)
+    np.testing.assert_allclose(list(losses(unbroken).values()), [one[step] for step in range(1, 5)], rtol=0, atol=5e-3)
+    ours, expected = state(broken), state(unbroken)
+    assert all(np.array_equal(ours[name], value) for name, value in expected.items())
+
+
+def uneven(outputs: Any, batch: Any) -> LossTerms:
+    """The loss of a part of each row that depends on its number; infinite for sample 17."""
+    labels = batch.targets["labels"].clone()
+    for row, number in enumerate(batch.sample_ids):
+        labels[row, number % 7 * 4 :] = IGNORE  # nothing is left of every seventh
+    terms = causal_lm(outputs, replace(batch, targets={**batch.targets, "labels": labels}))
+    bad = 17 in batch.sample_ids and torch.is_grad_enabled()
+    return replace(terms, sum=terms.sum * float("inf")) if bad else terms
+
+
+def uneven_run(world: World, config: Config) -> int:
+    run = build(config, world)
+    run.engine._objective = uneven  # type: ignore[attr-defined]
+    return train(run)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 2), (3, 2)])
+def test_uneven_batches_are_divided_once_and_a_bad_one_is_skipped_by_all(stage: int, ranks: int, tmp_path: Path) -> None:
+    folders = []
+    for name, how, size in (("one", (), 1), ("zero", zero(stage), ranks)):
+        config = tiny_config(tmp_path, *COMMON, f"name={name}", "train.steps=4", *how)
+        on_ranks(lambda world, config=config: uneven_run(world, config), size, tmp_path / "ranks")
+        folders.append(tmp_path / "runs" / name)
+    assert metrics(folders[1])[-2]["skipped"] == 1
+    assert "step 3 skipped: the loss is not finite; samples 16 to 23" in (folders[1] / "logs" / "rank-0.log").read_text()
+    assert_equal_runs(folders[1], folders[0])
+
+
+def test_without_deepspeed_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    config = tiny_config(tmp_path, *zero(2))
+    with pytest.raises(ConfigError, match=r"engine.name=deepspeed: needs deepspeed; pip install 'distllm\[deepspeed\]', or"):
+        build(config, World(0, 1, 0, 1, torch.device("cpu")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_deepspeed_does_not_do_as_told_is_an_error() -> None:
+    json = {
+        "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 2}, "bf16": {"enabled": False},
+    }  # fmt: skip
+    says = SimpleNamespace(
+        train_batch_size=lambda: 8, train_micro_batch_size_per_gpu=lambda: 2, gradient_accumulation_steps=lambda: 2,
+        gradient_clipping=lambda: 1.0, zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False,
+    )  # fmt: skip
+    _refuse_ignored(says, json)
+    says.gradient_clipping = lambda: 0.0
+    with pytest.raises(ConfigError, match=r"DeepSpeed takes gradient_clipping=0.0, and was told 1.0"):
+        _refuse_ignored(says, json)
