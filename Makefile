@@ -27,6 +27,7 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m deepspeed tests/engine/test_deepspeed.py
 
 lint: setup
 	$(BIN)/ruff check .

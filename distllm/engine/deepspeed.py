@@ -45,7 +45,8 @@ class DeepSpeedEngine:
     """Trains a model over which DeepSpeed's ZeRO is laid; all ranks read different samples.
 
     The host waits for every step: DeepSpeed reads the norm there. A step that is not finite on any rank leaves weights,
-    optimizer state and schedule as they were. One engine a process: ZeRO 3 changes torch itself, and a second engine hangs.
+    optimizer state and schedule as they were. One engine a process: several in one
+    were seen to hang.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -33,6 +34,9 @@ COMMON = (
 )  # fmt: skip
 """With a small eps Adam makes a step of any gradient, so that where one is nothing but rounding, weights part by whole steps."""
 STEPS = 6
+pytestmark = pytest.mark.deepspeed
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
