@@ -504,7 +504,7 @@ def _run_rank(loaded: Loaded) -> int:
     from distllm.train.signals import hold_sigterm
     from distllm.watch.watch import Watch
 
-    config, lines = loaded.config, []
+    config, lines, began = loaded.config, [], False
     folder = Path(config.out) / config.name
     try:
         world = comm.start(config.device, timeout_s=config.train.timeout_s)
@@ -522,6 +522,7 @@ def _run_rank(loaded: Loaded) -> int:
         tried_first(world, shared=Path(config.out))
         run = build(config, world)
         mark(folder, "running", world=world)
+        began = True
         code = train_loop(run)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
@@ -529,7 +530,8 @@ def _run_rank(loaded: Loaded) -> int:
         lines = describe(error)[0]
         code = tell_of_rank(error, watch, world=world, debug="--debug" in sys.argv)
     watch.stop()
-    mark(folder, "ended", world=world, code=code)
+    if began:  # what was refused may name a folder that holds another run
+        mark(folder, "ended", world=world, code=code)
     report_end(code=code, lines=lines)
     comm.stop(world, code=code)
     return code

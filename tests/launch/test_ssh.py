@@ -111,12 +111,13 @@ def test_a_node_that_cannot_take_part_is_told_and_none_is_started(
 ) -> None:
     monkeypatch.setattr(by_ssh, "ANSWER_S", 1.0 if "sleep" in says else 20.0)
     (place / "n2").write_text(says + "\n")
+    before = set(psutil.Process().children(recursive=True))  # libraries keep pools of workers
     with pytest.raises(LaunchError) as caught:
         run(place, "n1", "n2")
     assert str(caught.value).startswith(line)
     assert not (place / "node-0").exists() and not (place / "node-1").exists()
-    left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    assert left == []
+    left = {p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
+    assert left <= before
 
 
 def test_a_port_in_use_is_told(place: Path) -> None:
