@@ -61,7 +61,7 @@ def _context(config: Config) -> Iterator[str]:
     yield from context_problems(
         config.data.seq_len, cp=layout.cp, method=layout.cp_method, heads=heads if isinstance(heads, int) else None, tp=layout.tp
     )
-    if layout.cp_method != "ulysses" and config.model.dropout:
+    if config.model.dropout:
         yield f"model.dropout={config.model.dropout}: attention under layout.cp has no dropout; nearest: 0.0, or layout.cp=1"
     if config.distill.teacher is not None:
         yield f"layout.cp={layout.cp}: a teacher reads whole sequences; nearest: 1, with layout.dp_shard"
