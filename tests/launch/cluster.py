@@ -98,7 +98,11 @@ class Cluster:
         while (facts := self.facts(job)) and (facts["JobState"], facts["Restarts"]) != ("PENDING", str(restarts)):
             assert time.monotonic() < deadline, f"job {job} is {facts['JobState']} after {facts['Restarts']} restarts"
             time.sleep(0.2)
-        self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+        # Again and again, because SLURM sets the time once more when the old attempt has ended.
+        while self.facts(job)["JobState"] == "PENDING":
+            assert time.monotonic() < deadline, f"job {job} stays PENDING"
+            self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
+            time.sleep(0.5)
 
     def clear(self) -> None:
         """End all jobs, and wait until both nodes are free."""
