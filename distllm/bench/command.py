@@ -23,7 +23,7 @@ from distllm.bench.measure import measure
 from distllm.bench.picture import draw
 from distllm.bench.record import record_of, write_csv, write_json
 from distllm.bench.rows import MEASURED, REFUSED, Row, failed, scaled
-from distllm.bench.table import Watch, ending, of_sides, say
+from distllm.bench.table import ending, growing, of_sides, say
 from distllm.comm import World
 from distllm.config.errors import EXIT_OK, EXIT_SLOWER, ConfigError
 from distllm.config.load import load
@@ -155,7 +155,7 @@ def _measured(running: Bench, cells: Sequence[Cell]) -> tuple[list[Row], list[Ma
     """The rows of all cells, shown as they come, and what stands beside distllm."""
     rows: list[Row] = []
     turns = list(_worlds(cells)) if running.options.against else []
-    with Watch(len(cells), silent=not running.is_main) as watch:
+    with growing(len(cells), silent=not running.is_main) as watch:
         for cell in cells:
             watch.starts(cell.name)
             rows.append(running.run(cell))

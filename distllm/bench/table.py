@@ -3,72 +3,31 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from distllm.bench.rows import MEASURED, REFUSED, Row
+from distllm.track.growing import Growing
 
 TITLES = ("ranks", "tokens/s", "step", "spread", "MFU", "memory", "sent", "wait", "scaling")
 
 
-class Watch:
-    """Shows rows as they come: a growing table with a bar on a terminal, a line each elsewhere."""
+def growing(total: int, *, silent: bool = False) -> Growing[Row]:
+    """The table of `total` cells on the terminal; `silent` shows nothing, as a later rank of a job."""
+    return Growing(total, table=_table, line=lambda row: "  ".join(_plain(row)), silent=silent)
 
-    def __init__(self, total: int, *, silent: bool = False) -> None:
-        """Args:
-        total: cells to come.
-        silent: show nothing, as a later rank of a job.
-        """
-        self._total, self._rows, self._began, self._silent = total, list[Row](), time.monotonic(), silent
-        console = Console()
-        self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal and not silent:
-            # No refreshing thread: ranks are forked from this process.
-            self._live = Live(self._table("starting"), console=console, auto_refresh=False, vertical_overflow="visible")
 
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.update(self._table(None), refresh=True)
-            self._live.stop()
-
-    def starts(self, what: str) -> None:
-        """Say what is under way, and how long all will take at the speed so far."""
-        if self._live is not None:
-            done, spent = len(self._rows), time.monotonic() - self._began
-            left = f", about {spent / done * (self._total - done):.0f} s left" if done else ""
-            self._live.update(self._table(f"{done} of {self._total} done{left}; now {what}"), refresh=True)
-
-    def add(self, row: Row) -> None:
-        """Show one more cell."""
-        self._rows.append(row)
-        if self._live is None and not self._silent:
-            print("  ".join(_plain(row)), flush=True)
-
-    def _table(self, caption: str | None) -> Table:
-        table = Table(caption=caption, box=None, pad_edge=False, header_style="bold")
-        table.add_column("cell", overflow="fold")
-        for title in TITLES[:-1]:
-            table.add_column(title, justify="right", overflow="fold")
-        table.add_column(TITLES[-1], overflow="fold")
-        for row in self._rows:
-            table.add_row(row.cell.name.replace("[", "\\["), str(row.cell.ranks), *_cells(row))
-        if caption is not None:
-            table.add_row(ProgressBar(total=max(1, self._total), completed=len(self._rows), width=30))
-        return table
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("cell", overflow="fold")
+    for title in TITLES[:-1]:
+        table.add_column(title, justify="right", overflow="fold")
+    table.add_column(TITLES[-1], overflow="fold")
+    for row in rows:
+        table.add_row(row.cell.name.replace("[", "\\["), str(row.cell.ranks), *_cells(row))
+    return table
 
 
 def _cells(row: Row) -> list[str]:

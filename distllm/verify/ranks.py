@@ -96,6 +96,14 @@ def _together(
             done.set()
             for rank in ranks:
                 rank.join(5.0)
+            interrupted = False
+        else:
+            for rank in ranks:
+                rank.join(GRACE_S / len(ranks))
+            # Ctrl-C reaches all processes of a terminal. While this one forks, Python drops it.
+            interrupted = any(rank.exitcode == -signal.SIGINT for rank in ranks)
+    if interrupted:
+        raise KeyboardInterrupt
     failed = {number: answer for number, (good, answer) in answers.items() if not good}
     if failed:
         return _first_cause(failed)

@@ -3,66 +3,33 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
+from distllm.track.growing import Growing
 from distllm.verify.judge import BOUNDS, QUANTITIES
 from distllm.verify.rows import Row
 
 SHOWN = ("loss", "gradient", "norm", "clip", "weight")
 
 
-class Watch:
-    """Shows rows as they come: a growing table on a terminal, a line each elsewhere."""
+def growing(total: int) -> Growing[Row]:
+    """The table of `total` layouts on the terminal."""
+    return Growing(total, table=_table, line=lambda row: "  ".join(_cells(row, plain=True)))
 
-    def __init__(self, total: int) -> None:
-        self._total, self._rows, self._began = total, list[Row](), time.monotonic()
-        console = Console()
-        self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            # No refreshing thread: ranks are forked from this process.
-            self._live = Live(self._table("starting"), console=console, auto_refresh=False, vertical_overflow="visible")
 
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.update(self._table(None), refresh=True)
-            self._live.stop()
-
-    def starts(self, what: str) -> None:
-        """Say what is under way, and how long all will take at the speed so far."""
-        if self._live is not None:
-            done, spent = len(self._rows), time.monotonic() - self._began
-            left = f", about {spent / done * (self._total - done):.0f} s left" if done else ""
-            self._live.update(self._table(f"{done} of {self._total} done{left}; now {what}"), refresh=True)
-
-    def add(self, row: Row) -> None:
-        """Show one more layout."""
-        self._rows.append(row)
-        if self._live is None:
-            print("  ".join(_cells(row, plain=True)), flush=True)
-
-    def _table(self, caption: str | None) -> Table:
-        table = Table(caption=caption, box=None, pad_edge=False, header_style="bold")
-        for title in ("layout", "ranks", *SHOWN, "sent / formula", "verdict"):
-            table.add_column(title, justify="left" if title in ("layout", "verdict") else "right", overflow="fold")
-        for row in self._rows:
-            table.add_row(*_cells(row, plain=False))
-        return table
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("layout", "ranks", *SHOWN, "sent / formula", "verdict"):
+        table.add_column(title, justify="left" if title in ("layout", "verdict") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row, plain=False))
+    return table
 
 
 def _cells(row: Row, *, plain: bool) -> list[str]:
@@ -104,6 +71,7 @@ def certificate(
     faults: Sequence[Mapping[str, Any]],
     files: Sequence[Path],
     config: str,
+    holds: bool,
 ) -> list[str]:
     """The lines at the end: what is equal to how many digits, what is not, where the files are, what to type next."""
     lines = ["", what]
@@ -124,8 +92,27 @@ def certificate(
         ))  # fmt: skip
         lines += [f"  NOT CAUGHT: {fault['name']}: {fault['what']}" for fault in faults if fault["caught"] is False]
     lines += [f"{'written':<8}{path}" for path in files]
-    lines.append(f"{'next':<8}distllm train {config}")
-    return lines
+    return [*lines, f"{'next':<8}{_next(rows, holds=holds, config=config)}"]
+
+
+def _next(rows: Sequence[Row], *, holds: bool, config: str) -> str:
+    """The command to type: train what is proven, else look at the first layout that is not equal alone."""
+    if holds:
+        return f"distllm train {config}"
+    wrong = next((row.layout for row in rows if not row.holds), None)
+    if wrong is None:
+        return f"distllm verify {config} --ranks 2"
+    asked = ",".join(f"{key}={value}" for key, value in wrong.values) or "dp_shard=1"
+    return f"distllm verify {config} --layouts {shlex.quote(asked)}"
+
+
+def _of_traffic(equal: Sequence[Row]) -> str:
+    unsaid = sum(1 for row in equal if row.unpredictable)
+    if not unsaid:
+        return "and every collective is the one that the formula says"
+    if unsaid == len(equal):
+        return "collectives were recorded and not judged: no formula says them"
+    return f"and every collective is the one that the formula says, but for {unsaid} layouts whose traffic no formula says"
 
 
 def _of_precision(rows: Sequence[Row], precision: str) -> list[str]:
@@ -141,7 +128,7 @@ def _of_precision(rows: Sequence[Row], precision: str) -> list[str]:
         lines += [
             f"{len(equal)} of {len(real)} layouts compute what one process computes ({precision}):",
             f"{what} agree to {digits}, samples come in the same order,",
-            "and every collective is the one that the formula says",
+            _of_traffic(equal),
         ]
     for row in real:
         if not row.equal and row.verdict is not None:

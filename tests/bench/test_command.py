@@ -14,7 +14,7 @@ from distllm import launch
 from distllm.bench import measure as measuring
 from distllm.bench.cells import Cell
 from distllm.bench.rows import BROKEN, MEASURED, REFUSED, TOO_LARGE, Row, failed
-from distllm.bench.table import Watch
+from distllm.bench.table import growing
 from distllm.cli import run
 from distllm.config.schema import Config
 from distllm.engine.native import NativeEngine
@@ -136,7 +136,7 @@ def test_a_table_grows_on_a_terminal_and_tells_what_is_left(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     cell = Cell((("layout.tp", "2"),), Config(), 2)
-    with Watch(2) as watch:
+    with growing(2) as watch:
         watch.starts(cell.name)
         watch.add(Row(cell, REFUSED, "[a rule]"))
         watch.starts("layout.pp=2")

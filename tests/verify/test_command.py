@@ -13,7 +13,7 @@ from distllm.verify.command import Verification
 from distllm.verify.judge import Verdict
 from distllm.verify.layouts import layout_of
 from distllm.verify.rows import Row
-from distllm.verify.table import Watch, certificate
+from distllm.verify.table import certificate, growing
 from tests.runs import tiny_config
 from tests.verify.small import plain, verification_of
 
@@ -110,7 +110,7 @@ def test_a_table_grows_on_a_terminal_and_tells_what_is_left(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    with Watch(2) as watch:
+    with growing(2) as watch:
         watch.starts("dp_shard 2")
         watch.add(Row(layout_of({"dp_shard": 2}), "fp64", refused=("[a rule]",)))
         watch.starts("tp 2")
@@ -125,14 +125,17 @@ def test_off_a_terminal_each_layout_is_a_line_and_the_certificate_ends_them(caps
         Row(layout_of({"tp": 3}), "fp64", refused=("layout.tp=3: must divide the 4 attention heads; nearest: 4",)),
         Row(layout_of({"pp": 2}), "fp64", broken="rank 1 died without a word"),
     ]
-    with Watch(3) as watch:
+    with growing(3) as watch:
         for row in rows:
             watch.starts(row.layout.name)
             watch.add(row)
     lines = capsys.readouterr().out.splitlines()
     assert "equal" in lines[0] and "refused: layout.tp=3" in lines[1] and "broken: rank 1" in lines[2]
     fault = {"name": "own norm", "what": "each rank clips alone", "caught": False}
-    told = certificate(rows, what="tiny", guards=["dead"], faults=[fault], files=[Path("a.json")], config="tiny.yaml")
+    told = certificate(
+        rows, what="tiny", guards=["dead"], faults=[fault], files=[Path("a.json")], config="tiny.yaml", holds=False
+    )
     text = "\n".join(told)
     assert "agree to 15 digits" in text and "1 of 3 layouts refused by a rule" in text and "BROKEN: pp 2" in text
     assert "0 of 1 planted faults were caught" in text and "NOT CAUGHT: own norm" in text and "guard: dead" in text
+    assert told[-1].endswith("distllm verify tiny.yaml --layouts pp=2")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from distllm.comm import World
 from distllm.engine import local
 from distllm.verify.command import Verification, _plant
 from distllm.verify.layouts import layout_of
 from distllm.verify.planted import FAULTS, Fault
+from distllm.verify.trial import Case
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -53,3 +55,16 @@ def test_a_bug_that_is_not_caught_is_told(verification: Verification) -> None:
 
 def test_there_are_the_fifteen_kinds_and_each_has_one_name() -> None:
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 15
+
+
+def test_a_bug_that_breaks_the_run_is_not_caught_by_that(verification: Verification) -> None:
+    def fail(case: Case, world: World) -> Case:
+        raise RuntimeError("the bug itself is broken")
+
+    told = _plant(verification, Fault("broken", "never runs", {"dp_shard": 2}, changes=fail))
+    assert told["caught"] is False and told["by"] == "RuntimeError: the bug itself is broken"
+
+
+def test_a_refusal_speaks_of_the_users_own_numbers(verification: Verification) -> None:
+    row = verification.run(layout_of({"tp": 3}))
+    assert row.refused == ("layout.tp=3: must divide the 4 attention heads; nearest: 2",)

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -45,6 +46,17 @@ def test_the_cause_is_told_and_not_its_echo() -> None:
         dist.all_reduce(torch.ones(1))
 
     assert broken(on_ranks(rank, 2, timeout_s=30.0)).reason == "RuntimeError: the true cause"
+
+
+def test_an_interrupt_that_reached_a_rank_alone_is_one_of_all() -> None:
+    def rank(world: World) -> None:
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        dist.all_reduce(torch.ones(1))
+
+    with pytest.raises(KeyboardInterrupt):
+        on_ranks(rank, 2, timeout_s=30.0)
+    assert not multiprocessing.active_children()
 
 
 def test_a_rank_that_dies_ends_the_trial() -> None:
