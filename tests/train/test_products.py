@@ -93,3 +93,31 @@ def test_other_layouts_train_evaluate_sample_and_save(layout: tuple[str, ...], t
         assert_same(run, one)
     again = trained(tmp_path, 1, "name=again", "layout.dp_shard=1", f"resume={run / 'checkpoints' / 'step-3'}")
     assert abs(losses(again)[6] - losses(one)[6]) < (3e-2 if "precision.compute=bf16" in layout else 2e-6)
+
+
+EXPERTS = (
+    "model.type=mixtral",
+    'model.sizes={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, '
+    '"num_key_value_heads": 2, "num_local_experts": 4, "tie_word_embeddings": true}',
+    "moe.balance=0.1", "moe.z_loss=0.01", "train.micro_batch=1",
+)  # fmt: skip
+
+
+def norms(run: Path) -> list[float]:
+    return [line["grad_norm"] for line in metrics(run) if "grad_norm" in line]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, ("layout.ep=2",)), (4, ("layout.ep=2", "layout.pp=2")), (4, ("layout.cp=2", "layout.tp=2"))],
+    ids=str,
+)
+def test_experts_are_balanced_alike_under_any_layout(ranks: int, layout: tuple[str, ...], tmp_path: Path) -> None:
+    plain = trained(tmp_path, 1, "name=plain", *EXPERTS, "moe.balance=0", "moe.z_loss=0", "layout.dp_shard=1", "train.steps=3")
+    one = trained(tmp_path, 1, "name=one", *EXPERTS, "layout.dp_shard=1")
+    assert abs(norms(one)[0] - norms(plain)[0]) > 1e-4  # the losses of the routers are in the gradient
+    run = trained(tmp_path, ranks, "name=laid", *EXPERTS, "layout.dp_shard=1", *layout)
+    assert_same(run, one)
+    np.testing.assert_allclose(norms(run), norms(one), rtol=1e-5)
+    middle = f"resume={run / 'checkpoints' / 'step-3'}"
+    assert_same(trained(tmp_path, 1, "name=alone", *EXPERTS, "layout.dp_shard=1", middle), one, after=3)
