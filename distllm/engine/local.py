@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from distllm.parallel.loss import at_least_fp32
+
 
 class LocalParameters:
     """The local part of every trainable parameter, by name, sharing memory with it."""
@@ -95,11 +97,6 @@ def squared_norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     norms = torch._foreach_norm(tensors, 2, torch.float64) if on_cpu else torch._foreach_norm(tensors)
     total = torch.stack([at_least_fp32(norm) for norm in norms]).square().sum()
     return total if tensors[0].dtype == torch.float64 else total.float()
-
-
-def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32, or as it is in fp64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _sharding_groups(parameter: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:

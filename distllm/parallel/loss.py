@@ -79,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, part: torch.Tensor, labels: torch.Tensor, cut: CutLogits, ignore: int, smoothing: float
     ) -> torch.Tensor:
-        x = _wide(part)  # [N, v]
+        x = at_least_fp32(part)  # [N, v]
         most, _ = _column_max(x)
         # Every rank takes the same number off before exp, so that their sums fit together. It stays off: next to it, a
         # large logit's last digits would be lost in fp32.
@@ -100,7 +100,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         part, most, log_sum, column, own, counts = ctx.saved_tensors
-        grad = (_wide(part) - most[:, None]).sub_(log_sum[:, None]).exp_()  # [N, v]: this rank's columns of softmax
+        grad = (at_least_fp32(part) - most[:, None]).sub_(log_sum[:, None]).exp_()  # [N, v]: this rank's columns of softmax
         if ctx.smoothing:
             grad -= ctx.smoothing / ctx.vocabulary
         if grad.shape[1]:
@@ -109,7 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
         return grad.to(part.dtype), None, None, None, None
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     """In fp32, or as it is in fp64; always a tensor that may be read only."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 

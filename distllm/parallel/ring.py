@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from distllm.parallel.blocks import Output, Ranges, Rule, Saved, attend, blocks, gradients
+from distllm.parallel.collectives import gather_from
 from distllm.parallel.kernels import wide
 
 
@@ -52,7 +53,7 @@ def gathered_attention(
 
     Args and returns as `ring_attention`.
     """
-    kv = _Gather.apply(torch.stack((key, value)), group)
+    kv = gather_from(torch.stack((key, value))[None], group, dim=0)  # [c, 2, B, K, M, D]
     places = _places(group, query)
     return attend(query, kv, mine=places[dist.get_rank(group)], theirs=places, rule=rule)
 
@@ -126,26 +127,3 @@ class _Ring(torch.autograd.Function):
         assert own is not None and homeward is not None
         own += homeward.arrive()
         return dq.to(query.dtype), own.to(kv.dtype), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """All ranks' tensors, stacked; in the backward pass each rank gets the sum of the gradients of its own."""
-
-    @staticmethod
-    def forward(ctx, tensor, group):  # type: ignore[no-untyped-def]
-        ctx.group = group
-        ranks = dist.get_world_size(group)
-        whole = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
-        _all_gather(whole, tensor.contiguous(), group=group)
-        return whole.unflatten(0, (ranks, -1))
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        own = grad.new_empty(grad.shape[1:])
-        _reduce_scatter(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
-        return own, None
-
-
-# torch 2.13 has new names for these two and warns of the old ones, which are all that 2.11 knows.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distllm.parallel.blocks import Ranges, Rule, attend
+from distllm.parallel.collectives import all_to_all
 
 
 def straight(rank: int, *, ranks: int, seq_len: int) -> Ranges:
@@ -46,41 +47,8 @@ def ulysses_attention(
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     # One all-to-all for the three: what goes to a rank is its query heads, then its key heads, then its value heads.
     heads = [tensor.unflatten(1, (ranks, -1)) for tensor in (query, key, value)]
-    turned = _to_heads(torch.cat(heads, 2), group)
+    turned = all_to_all(torch.cat(heads, 2).flatten(1, 2), group, split=1, concat=2)  # [B, heads, S, D]
     query, key, value = turned.split([tensor.shape[2] for tensor in heads], 1)
     whole = (range(turned.shape[2]),)
     out = attend(query, torch.stack((key, value))[None], mine=whole, theirs=[whole], rule=rule)
-    return _to_tokens(out, group)
-
-
-def _to_heads(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[B, c, h, M, D], heads by the rank that shall have them -> [B, h, S, D]."""
-    arrived = _AllToAll.apply(tensor.transpose(0, 1), group)  # [c, B, h, M, D] by the rank that had the tokens
-    return arrived.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-def _to_tokens(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[B, h, S, D] -> [B, c h, M, D]."""
-    by_rank = tensor.unflatten(2, (dist.get_world_size(group), -1)).permute(2, 0, 1, 3, 4)
-    arrived = _AllToAll.apply(by_rank, group)  # [c, B, h, M, D] by the rank that had the heads
-    return arrived.transpose(0, 1).flatten(1, 2)
-
-
-class _AllToAll(torch.autograd.Function):
-    """Row i of the first dim goes to rank i, and comes from it; gradients go back the same way."""
-
-    @staticmethod
-    def forward(ctx, tensor, group):  # type: ignore[no-untyped-def]
-        ctx.group = group
-        return _exchanged(tensor, group)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _exchanged(grad, ctx.group), None
-
-
-def _exchanged(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    tensor = tensor.contiguous()
-    arrived = torch.empty_like(tensor)
-    dist.all_to_all_single(arrived, tensor, group=group)
-    return arrived
+    return all_to_all(out, group, split=2, concat=1)

@@ -20,9 +20,9 @@ from distllm.config.errors import ConfigError
 from distllm.config.schema import Config, DistillConfig, LayoutConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms, Objective
-from distllm.engine.local import at_least_fp32
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
+from distllm.parallel.loss import at_least_fp32
 from distllm.parallel.mesh import Mesh
 from distllm.parallel.parallelize import Layout, Parallel, parallelize
 from distllm.train.objectives.tokens import logits_of, places_of

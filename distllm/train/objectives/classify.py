@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
-from distllm.engine.local import at_least_fp32
+from distllm.parallel.loss import at_least_fp32
 from distllm.train.objectives.tokens import logits_of
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from distllm.config.schema import HeadConfig
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
-from distllm.engine.local import at_least_fp32
+from distllm.parallel.loss import at_least_fp32
 from distllm.train.objectives.classify import class_terms, number_terms
 from distllm.train.objectives.tokens import places_of
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
-from distllm.engine.local import at_least_fp32
-from distllm.parallel.loss import CutLogits, is_cut_logits
+from distllm.parallel.loss import CutLogits, at_least_fp32, is_cut_logits
 
 
 def causal_lm(outputs: Any, batch: Batch, *, label_smoothing: float = 0.0) -> LossTerms:
