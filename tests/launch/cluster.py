@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 CONF = """
 ClusterName=distllm
@@ -92,13 +94,24 @@ class Cluster:
             time.sleep(0.2)
         return state
 
-    def hurry(self, job: str, *, restarts: int, limit_s: float = 100.0) -> None:
-        """Wait until a job is requeued for the n-th time, and start it at once: SLURM would let two minutes pass."""
+    def requeued(self, job: str, *, restarts: int, limit_s: float = 100.0) -> None:
+        """Wait until a job is requeued for the n-th time, and nothing of the attempt before is left.
+
+        SLURM itself lets two minutes pass before it starts the job again. Who starts it earlier must know that the old batch
+        script is gone: its end would be taken for that of the new one.
+        """
         deadline = time.monotonic() + limit_s
         while (facts := self.facts(job)) and (facts["JobState"], facts["Restarts"]) != ("PENDING", str(restarts)):
             assert time.monotonic() < deadline, f"job {job} is {facts['JobState']} after {facts['Restarts']} restarts"
             time.sleep(0.2)
-        # Again and again, because SLURM sets the time once more when the old attempt has ended.
+        while left := _steps_of(job):
+            assert time.monotonic() < deadline, f"job {job} is requeued, and there is still {left}"
+            time.sleep(0.2)
+        self.both_idle()
+
+    def start(self, job: str, *, limit_s: float = 60.0) -> None:
+        """Start a requeued job at once; again and again, because SLURM sets the time once more when the old attempt has ended."""
+        deadline = time.monotonic() + limit_s
         while self.facts(job)["JobState"] == "PENDING":
             assert time.monotonic() < deadline, f"job {job} stays PENDING"
             self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
@@ -110,11 +123,17 @@ class Cluster:
         self.both_idle()
 
     def both_idle(self) -> None:
-        """Wait until no node is in use or down."""
+        """Wait until no node is in use or down, or has yet to answer (`idle*`)."""
         deadline = time.monotonic() + 60
-        while self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).strip() != "2":
+        while self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() != ["idle", "idle"]:
             assert time.monotonic() < deadline, self.run("sinfo", check=False)
             time.sleep(0.2)
+
+
+def _steps_of(job: str) -> list[str]:
+    """What SLURM still runs of a job on this machine, as its step daemons call themselves: `slurmstepd: [3.batch]`."""
+    titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return [title for title in titles if title.startswith("slurmstepd") and f"[{job}." in title]
 
 
 @contextmanager

@@ -88,9 +88,10 @@ def test_the_time_limit_saves_and_requeues_and_scancel_saves_and_does_not(slurm:
     tiny_config(tmp_path)
     options = ("--with", "srun", "--nodes", "2", "--gpus", "1", "--time", "1", "--lead", "45")
     job = submit(slurm, tmp_path, *TWO, *LONG, "train.steps=1000000", "train.log_every=10", *options)
-    slurm.hurry(job, restarts=1)  # SLURM's own signal came, up to a minute before the limit
+    slurm.requeued(job, restarts=1)  # SLURM's own signal came, up to a minute before the limit
     first = newest_step(tmp_path / "runs" / "tiny")
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=10")
+    slurm.start(job)
     reached(tmp_path, first + 1)
     slurm.run("scancel", job)
     slurm.wait(job, "CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "PENDING")
@@ -117,13 +118,15 @@ def test_preemption_and_the_death_of_a_node_cost_no_more_than_the_steps_since_a_
     urgent = ("sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     other = slurm.run(*urgent, cwd=tmp_path).strip()
     slurm.wait(other, "COMPLETED")
-    slurm.hurry(job, restarts=1)
+    slurm.requeued(job, restarts=1)
     first = newest_step(tmp_path / "runs" / "tiny")
+    slurm.start(job)
     assert 100 <= first < 1200 and slurm.facts(job)["Restarts"] == "1"
     reached(tmp_path, first + 100)
     slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     slurm.both_idle()  # the node comes back by itself (ReturnToService=2)
-    slurm.hurry(job, restarts=2)
+    slurm.requeued(job, restarts=2)
+    slurm.start(job)
     slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT")
     assert slurm.state(job) == "COMPLETED", log(tmp_path, job)
     assert slurm.facts(job)["Restarts"] == "2"
