@@ -108,6 +108,7 @@ def test_the_time_limit_saves_and_requeues_and_scancel_saves_and_does_not(slurm:
     assert [json.loads(line) for line in ledger] == [{"step": -1, "restart": 0}, {"step": first, "restart": 1}]
 
 
+@pytest.mark.timeout(480)
 def test_preemption_and_the_death_of_a_node_cost_no_more_than_the_steps_since_a_checkpoint(
     slurm: Cluster, tmp_path: Path
 ) -> None:
@@ -124,10 +125,10 @@ def test_preemption_and_the_death_of_a_node_cost_no_more_than_the_steps_since_a_
     assert 100 <= first < 1200 and slurm.facts(job)["Restarts"] == "1"
     reached(tmp_path, first + 100)
     slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    slurm.both_idle()  # the node comes back by itself (ReturnToService=2)
-    slurm.requeued(job, restarts=2)
-    slurm.start(job)
-    slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT")
+    slurm.requeued(job, restarts=2)  # the node comes back by itself (ReturnToService=2)
+    # SLURM's own two minutes: a request to end the old attempt, meant for the node that was gone, may still be under way,
+    # and a new attempt that is started at once can lose that node to it.
+    slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT", limit_s=300.0)
     assert slurm.state(job) == "COMPLETED", log(tmp_path, job)
     assert slurm.facts(job)["Restarts"] == "2"
     assert f"continuing at step {first}" in log(tmp_path, job)
