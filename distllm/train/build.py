@@ -169,7 +169,7 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     engine: Engine
     first = partial(first_tensors, plain, spec, seed=config.seed)
     if config.engine.name == "deepspeed":
-        engine = build_deepspeed(config, world, spec=spec, task=task, tensors=first)
+        engine = build_deepspeed(config, world, mesh=mesh, spec=spec, task=task, tensors=first)
     else:
         taught = laid_out(taught_by, config, world, mesh=mesh)
         engine = build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=first(), teacher=taught)

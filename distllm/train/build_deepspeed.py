@@ -11,6 +11,7 @@ from distllm.config.schema import Config
 from distllm.engine.deepspeed import DeepSpeedEngine, Tensors
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
+from distllm.parallel.mesh import Mesh
 from distllm.parallel.parallelize import fill
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
@@ -32,7 +33,9 @@ def require_deepspeed() -> None:
         raise ConfigError(["engine.name=deepspeed: needs deepspeed; pip install 'distllm[deepspeed]', or engine.name=native"])
 
 
-def build_deepspeed(config: Config, world: World, *, spec: ModelSpec, task: Task, tensors: Tensors) -> DeepSpeedEngine:
+def build_deepspeed(
+    config: Config, world: World, *, mesh: Mesh, spec: ModelSpec, task: Task, tensors: Tensors
+) -> DeepSpeedEngine:
     """The model and the DeepSpeed engine that trains it.
 
     Each rank holds the whole model in fp32 for a moment, also at stage 3.
@@ -40,6 +43,7 @@ def build_deepspeed(config: Config, world: World, *, spec: ModelSpec, task: Task
     Args:
         config: what decides how it learns; `check_engine` has passed it.
         world: this rank's facts.
+        mesh: the ranks by axis.
         spec: the model that trains.
         task: what it learns.
         tensors: a call gives the first weights by name, whole.
@@ -51,4 +55,5 @@ def build_deepspeed(config: Config, world: World, *, spec: ModelSpec, task: Task
     return DeepSpeedEngine(
         model, json=deepspeed_json(config, ranks=world.size), tensors=tensors, objective=task.objective,
         optimizer=optimizer, schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world,
+        mesh=mesh,
     )  # fmt: skip

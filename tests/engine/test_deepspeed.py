@@ -21,7 +21,7 @@ from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.data.batch import IGNORE
 from distllm.engine.base import LossTerms
-from distllm.engine.deepspeed import _refuse_ignored
+from distllm.engine.deepspeed_start import refuse_ignored
 from distllm.train.build import build
 from distllm.train.loop import train
 from distllm.train.objectives import causal_lm
@@ -158,7 +158,7 @@ def test_what_deepspeed_does_not_do_as_told_is_an_error() -> None:
         train_batch_size=lambda: 8, train_micro_batch_size_per_gpu=lambda: 2, gradient_accumulation_steps=lambda: 2,
         gradient_clipping=lambda: 1.0, zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False,
     )  # fmt: skip
-    _refuse_ignored(says, json)
+    refuse_ignored(says, json)
     says.gradient_clipping = lambda: 0.0
     with pytest.raises(ConfigError, match=r"DeepSpeed takes gradient_clipping=0.0, and was told 1.0"):
-        _refuse_ignored(says, json)
+        refuse_ignored(says, json)

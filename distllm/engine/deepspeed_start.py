@@ -1,0 +1,60 @@
+"""The start of DeepSpeed: quiet, without compiling anything, and with all that it was told in force."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distllm.comm import World
+from distllm.config.errors import ConfigError
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Mapping[str, Any], world: World) -> Any:
+    """`deepspeed.initialize`, quiet, without compiling anything, and with all that it was told in force."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks there, though it is given everything
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls names that torch has deprecated, at every collective.
+    warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\..*")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and not used in training
+    if not dist.is_initialized():  # a world of one
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist.get_backend(), verbose=False, auto_mpi_discovery=False)
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(json))
+    for module, name, buffer in buffers:  # bf16 rounds them too, and rotary frequencies do not bear it
+        module._buffers[name] = buffer.to(world.device)
+    refuse_ignored(engine, json)
+    return engine
+
+
+def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
+    """Compare what DeepSpeed says of itself with what it was told: it drops what it does not understand without a word."""
+    told = {
+        "train_batch_size": engine.train_batch_size(),
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "gradient_clipping": engine.gradient_clipping(),
+        "zero_optimization.stage": int(engine.zero_optimization_stage()),
+        "bf16.enabled": engine.bfloat16_enabled(),
+    }
+    for key, value in told.items():
+        wanted: Any = json
+        for part in key.split("."):
+            wanted = wanted[part]
+        if wanted != value:
+            raise ConfigError(
+                [f"engine.name=deepspeed: DeepSpeed takes {key}={value}, and was told {wanted}; nearest: engine.name=native"]
+            )
