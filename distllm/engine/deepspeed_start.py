@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,63 @@ from torch import nn
 
 from distllm.comm import World
 from distllm.config.errors import ConfigError
+from distllm.parallel.mesh import Mesh
 
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Mapping[str, Any], world: World) -> Any:
-    """`deepspeed.initialize`, quiet, without compiling anything, and with all that it was told in force."""
+class ModelParallelUnit:
+    """Our mesh in the words that DeepSpeed asks in, which are Megatron's: its model parallelism is our tp."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        """A collective call where there are no data-parallel ranks: DeepSpeed wants a group of one then, too."""
+        tp = mesh.group("tp")
+        assert tp is not None, "without tp DeepSpeed finds its ranks itself"
+        self._mesh, self._tp = mesh, tp
+        self._data = mesh.data_group or dist.new_group([mesh.rank], use_local_synchronization=True)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that read different samples, over which ZeRO cuts."""
+        return self._data
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self._mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._mesh.dp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks over which norms of cut parameters are added and overflows told."""
+        return self._tp
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's place among them; the first counts the parameters that are not cut."""
+        return self._mesh.coordinates()["tp"]
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._mesh.sizes["tp"]
+
+
+def initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    json: Mapping[str, Any],
+    world: World,
+    mesh: Mesh,
+    blocks: Sequence[nn.Module] = (),
+) -> Any:
+    """`deepspeed.initialize`, quiet, without compiling anything, and with all that it was told in force.
+
+    Args:
+        model: on the world's device.
+        optimizer: of its parameters.
+        json: DeepSpeed's configuration.
+        world: this rank's facts.
+        mesh: the ranks by axis.
+        blocks: the modules whose parameters stage 3 has to gather together.
+    """
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks there, though it is given everything
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -33,7 +86,11 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Mapp
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist.get_backend(), verbose=False, auto_mpi_discovery=False)
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(json))
+    # Under tp a block puts sums over ranks in the place of its whole parameters before its layers are called.
+    for block in blocks if mesh.sizes["tp"] > 1 else ():
+        deepspeed.utils.set_z3_leaf_module(block, True)
+    unit = ModelParallelUnit(mesh) if mesh.sizes["tp"] > 1 else None
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(json), mpu=unit)
     for module, name, buffer in buffers:  # bf16 rounds them too, and rotary frequencies do not bear it
         module._buffers[name] = buffer.to(world.device)
     refuse_ignored(engine, json)

@@ -1,4 +1,4 @@
-"""The DeepSpeed side of `build`: the model whole on each rank with its first weights, and the engine over it."""
+"""The DeepSpeed side of `build`: the model with its first weights, whole on each rank or its tp part, and the engine over it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from distllm.engine.deepspeed import DeepSpeedEngine, Tensors
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh
-from distllm.parallel.parallelize import fill
+from distllm.parallel.packing import packings
+from distllm.parallel.parallelize import fill, find_blocks
+from distllm.parallel.tensor import apply_tp
+from distllm.parallel.tensor_check import can_cut_sequence
+from distllm.parallel.tensor_plain import make_plain
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
 from distllm.train.tasks import Task
@@ -38,7 +42,7 @@ def build_deepspeed(
 ) -> DeepSpeedEngine:
     """The model and the DeepSpeed engine that trains it.
 
-    Each rank holds the whole model in fp32 for a moment, also at stage 3.
+    Each rank holds the whole model, or its tp part of it, in fp32 for a moment, also at stage 3.
 
     Args:
         config: what decides how it learns; `check_engine` has passed it.
@@ -51,9 +55,14 @@ def build_deepspeed(
     model = meta_model(spec)
     scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
-    fill(model, tensors(), device=world.device)
+    blocks = find_blocks(model, spec=spec)
+    sequence = config.layout.sequence_parallel and can_cut_sequence(model, spec=spec)
+    apply_tp(model, mesh, spec=spec, sequence_parallel=sequence, loss_parallel=config.layout.loss_parallel)
+    packed = packings(model)
+    fill(model, tensors(), device=world.device, packed=packed)
+    cuts = make_plain(model, packed=packed)
     return DeepSpeedEngine(
         model, json=deepspeed_json(config, ranks=world.size), tensors=tensors, objective=task.objective,
         optimizer=optimizer, schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world,
-        mesh=mesh,
+        mesh=mesh, cuts=cuts, blocks=blocks,
     )  # fmt: skip
