@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from distllm.comm import World
+from distllm.config.check_task import loss_unit
 from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
@@ -63,6 +64,6 @@ def build_deepspeed(
     cuts = make_plain(model, packed=packed)
     return DeepSpeedEngine(
         model, json=deepspeed_json(config, ranks=world.size), tensors=tensors, objective=task.objective,
-        optimizer=optimizer, schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world,
-        mesh=mesh, cuts=cuts, blocks=blocks,
+        optimizer=optimizer, schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps),
+        precision=config.precision, world=world, mesh=mesh, loss_unit=loss_unit(config), cuts=cuts, blocks=blocks,
     )  # fmt: skip

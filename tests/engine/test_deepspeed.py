@@ -105,10 +105,12 @@ def test_what_deepspeed_does_not_do_as_told_is_an_error() -> None:
     json = {
         "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 2}, "bf16": {"enabled": False},
+        "fp16": {"enabled": False, "loss_scale": 1.0},
     }  # fmt: skip
     says = SimpleNamespace(
         train_batch_size=lambda: 8, train_micro_batch_size_per_gpu=lambda: 2, gradient_accumulation_steps=lambda: 2,
         gradient_clipping=lambda: 1.0, zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False,
+        fp16_enabled=lambda: False, loss_scale=lambda: 1.0,
     )  # fmt: skip
     refuse_ignored(says, json)
     says.gradient_clipping = lambda: 0.0
