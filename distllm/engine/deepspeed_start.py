@@ -91,15 +91,31 @@ def initialize(
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
     if json["fp16"]["enabled"] and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
-    # Under tp a block puts sums over ranks in the place of its whole parameters before its layers are called.
-    for block in blocks if mesh.sizes["tp"] > 1 else ():
-        deepspeed.utils.set_z3_leaf_module(block, True)
+    if mesh.sizes["tp"] > 1 and json["zero_optimization"]["stage"] == 3:
+        # A block puts sums over tp ranks in the place of its whole parameters before its layers are called, and would gather them.
+        for block in blocks:
+            block.register_forward_pre_hook(refuse_unseen_inputs, with_kwargs=True)
+            deepspeed.utils.set_z3_leaf_module(block, True)
     unit = ModelParallelUnit(mesh) if mesh.sizes["tp"] > 1 else None
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(json), mpu=unit)
     for module, name, buffer in buffers:  # bf16 rounds them too, and rotary frequencies do not bear it
         module._buffers[name] = buffer.to(world.device)
     refuse_ignored(engine, json)
     return engine
+
+
+def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a call from which DeepSpeed cannot tell when the backward pass is through a block that it gathers as one.
+
+    It waits for the gradients of positional arguments; where none has any, it takes the block's gradients, still zero, at once.
+    """
+    if torch.is_grad_enabled() and not any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+        raise ConfigError(
+            [
+                f"engine.zero_stage=3: with layout.tp, {type(block).__name__} must be given its hidden states as a positional "
+                "argument, for DeepSpeed sees no gradient of others; nearest: 2, or engine.name=native"
+            ]
+        )
 
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
