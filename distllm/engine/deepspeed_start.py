@@ -92,7 +92,7 @@ def initialize(
     if json["fp16"]["enabled"] and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
     if mesh.sizes["tp"] > 1 and json["zero_optimization"]["stage"] == 3:
-        # A block puts sums over tp ranks in the place of its whole parameters before its layers are called, and would gather them.
+        # A block puts sums over tp ranks in the place of its whole parameters before its layers are called to gather them.
         for block in blocks:
             block.register_forward_pre_hook(refuse_unseen_inputs, with_kwargs=True)
             deepspeed.utils.set_z3_leaf_module(block, True)
