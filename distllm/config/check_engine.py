@@ -57,7 +57,7 @@ def _sharding(engine: EngineConfig) -> Iterator[str]:
 
 def _axes(config: Config) -> Iterator[str]:
     layout = config.layout
-    for axis in ("pp", "ep", "cp", "tp"):
+    for axis in ("ep", "cp", "tp"):
         if (size := getattr(layout, axis)) > 1:
             yield f"layout.{axis}={size}: engine.name=deepspeed has data-parallel ranks only; nearest: 1, or {NATIVE}"
     if layout.dp_replicate != 1:

@@ -8,7 +8,7 @@ of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -38,17 +38,21 @@ class Piece:
 class Pieces:
     """The fp32 weights and the optimizer state as ZeRO has cut them, by the names of parameters."""
 
-    def __init__(self, engine: Any, *, stage: int, mesh: Mesh) -> None:
+    def __init__(
+        self, engine: Any, model: nn.Module, *, stage: int, mesh: Mesh, copies: frozenset[str] = frozenset()
+    ) -> None:
         """Args:
         engine: DeepSpeed's.
+        model: what it trains, under its own names.
         stage: of ZeRO.
         mesh: the ranks by axis.
+        copies: names of parameters that another pipeline stage holds too and writes.
         """
-        self._zero, self._stage, self._mesh = engine.optimizer, stage, mesh
+        self._zero, self._stage, self._mesh, self._copies = engine.optimizer, stage, mesh, copies
         self._pieces: dict[str, Piece] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         find = self._cut_parameter if stage == 3 else self._whole_parameter
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in model.named_parameters():
             assert parameter.requires_grad, f"{name} is frozen, which check_engine refuses"
             self._shapes[name] = tuple(parameter.ds_shape if stage == 3 else parameter.shape)
             self._pieces[name] = find(parameter)
@@ -127,13 +131,14 @@ class Pieces:
         state = self._zero.optimizer.state
         for name, piece in self._pieces.items():
             shape = self._shapes[name]
-            chunks |= flat_chunks(f"model.{name}", piece.of(piece.flat), shape=shape, start=piece.start)
+            mine = flat_chunks(f"model.{name}", piece.of(piece.flat), shape=shape, start=piece.start)
             for key, value in state[piece.flat].items():
                 if not isinstance(value, torch.Tensor):
                     continue
                 at = f"optim.{name}.{key}"
                 if value.shape == piece.flat.shape:
-                    chunks |= flat_chunks(at, piece.of(value), shape=shape, start=piece.start)
+                    mine |= flat_chunks(at, piece.of(value), shape=shape, start=piece.start)
                 else:  # a step count, the same on all ranks
-                    chunks[at] = Chunk(value, tuple(value.shape), (0,) * value.dim(), self._mesh.dp_rank == 0)
+                    mine[at] = Chunk(value, tuple(value.shape), (0,) * value.dim(), self._mesh.dp_rank == 0)
+            chunks |= {at: replace(chunk, write=False) for at, chunk in mine.items()} if name in self._copies else mine
         return chunks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -14,10 +16,24 @@ from torch import nn
 
 from distllm.comm import World
 from distllm.config.errors import ConfigError
+from distllm.parallel.mesh import Mesh
 
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Mapping[str, Any], world: World) -> Any:
-    """`deepspeed.initialize`, quiet, without compiling anything, and with all that it was told in force."""
+def initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Mapping[str, Any], world: World, mesh: Mesh
+) -> Any:
+    """`deepspeed.initialize`, quiet, without compiling anything, and with all that it was told in force.
+
+    Args:
+        model: what this rank trains; with pipeline ranks its stage.
+        optimizer: of its parameters.
+        json: DeepSpeed's configuration.
+        world: this rank's facts.
+        mesh: the ranks by axis.
+
+    Raises:
+        ConfigError: DeepSpeed does not do what it was told.
+    """
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks there, though it is given everything
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -33,11 +49,28 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Mapp
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist.get_backend(), verbose=False, auto_mpi_discovery=False)
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(json))
+    whole = _as_pipeline(model, mesh) if mesh.sizes["pp"] > 1 else model
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=dict(json))
     for module, name, buffer in buffers:  # bf16 rounds them too, and rotary frequencies do not bear it
         module._buffers[name] = buffer.to(world.device)
     refuse_ignored(engine, json)
     return engine
+
+
+def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
+    """DeepSpeed's pipeline of as many layers as stages: where to cut, and what is tied, we have decided already.
+
+    Its order of ranks, pipe before data, is that of our mesh.
+    """
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    pp, own = mesh.sizes["pp"], mesh.coordinates()["pp"]
+    layers = [stage if index == own else LayerSpec(nn.Identity) for index in range(pp)]  # others' are never built
+    topology = PipeDataParallelTopology(num_pp=pp, num_dp=mesh.dp_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of layers
+        module: nn.Module = PipelineModule(layers, topology=topology, partition_method="uniform")
+    return module
 
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:

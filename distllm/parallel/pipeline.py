@@ -132,8 +132,8 @@ class Pipeline:
             return scaled
 
         self._run_schedule(batches, loss)
-        self._sum_tied_gradients()
-        return self._from_last(total)
+        self.sum_tied_gradients()
+        return self.from_last(total)
 
     @torch.no_grad()
     def evaluate(
@@ -163,7 +163,7 @@ class Pipeline:
         if found:
             assert tuple(found[0].parts) == self._part_names, "an objective names the same parts for every batch"
             values = torch.stack([v.double() for v in (found[0].sum, found[0].count, *found[0].parts.values())])
-        total, count, *parts = self._from_last(values).unbind()
+        total, count, *parts = self.from_last(values).unbind()
         return total, count, dict(zip(self._part_names, parts, strict=True))
 
     @torch.no_grad()
@@ -184,9 +184,9 @@ class Pipeline:
         if found:
             shape = found[0].shape
             head[: 2 + len(shape)] = torch.tensor([DTYPES.index(found[0].dtype), len(shape), *shape])
-        kind, dims, *sizes = self._from_last(head).tolist()
+        kind, dims, *sizes = self.from_last(head).tolist()
         value = found[0] if found else torch.empty(sizes[:dims], dtype=DTYPES[kind], device=self.device)
-        return self._from_last(value)
+        return self.from_last(value)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Pipeline:
         # The last stage would keep all its outputs; torch 2.11 has no such option.
         options = {"return_outputs": False} if "return_outputs" in inspect.signature(run).parameters else {}
         count = len(batches)
-        run([(self._nothing(),)] * count, [{}] * count, list(range(count)), None, **options)
+        run([(self.nothing(),)] * count, [{}] * count, list(range(count)), None, **options)
 
     def _make_schedule(self, count: int, shape: torch.Size) -> None:
         """Make torch's stages and schedule for `count` micro-batches of [B, S]; buffers have one shape for good."""
@@ -221,7 +221,7 @@ class Pipeline:
             PipelineStage(
                 submodule=stage.module, stage_index=stage.index, num_stages=last + 1, device=self.device, group=self.group,
                 # With both given, torch neither runs the stage once more nor sends pickled shapes.
-                input_args=(self._nothing().to("meta") if stage.index == 0 else hidden,),
+                input_args=(self.nothing().to("meta") if stage.index == 0 else hidden,),
                 output_args=(loss if stage.index == last else hidden,),
             )
             for stage in self.stages
@@ -244,7 +244,7 @@ class Pipeline:
         self.share_tied_weights()
         facts, mine = self.facts, {stage.index: stage for stage in self.stages}
         rows, columns = batch.inputs["input_ids"].shape
-        hidden = self._nothing()
+        hidden = self.nothing()
         for index, owner in enumerate(facts.owners):
             if owner != self.rank:
                 continue
@@ -261,14 +261,14 @@ class Pipeline:
             if index + 1 < len(facts.owners) and facts.owners[index + 1] != self.rank:
                 dist.send(hidden, group_dst=facts.owners[index + 1], group=self.group)
 
-    def _nothing(self) -> torch.Tensor:
+    def nothing(self) -> torch.Tensor:
         """What the first stage is handed in place of hidden states; its dtype is what its stand-ins make zeros of."""
         return torch.zeros(1, dtype=self.facts.dtype, device=self.device)
 
     def _loss_dtype(self) -> torch.dtype:
         return torch.float64 if self.facts.dtype == torch.float64 else torch.float32
 
-    def _from_last(self, value: torch.Tensor) -> torch.Tensor:
+    def from_last(self, value: torch.Tensor) -> torch.Tensor:
         """Give every pp rank the last stage's `value`, in place."""
         dist.broadcast(value, group_src=self.facts.owners[-1], group=self.group)
         return value
@@ -290,7 +290,7 @@ class Pipeline:
                 mine, copy = (_local(stage.module.get_parameter(name)) for stage in ends)
                 copy.copy_(mine)
 
-    def _sum_tied_gradients(self) -> None:
+    def sum_tied_gradients(self) -> None:
         """Add the gradients of tied parameters over the first and the last stage; both get the sum."""
         first, last = self.facts.owners[0], self.facts.owners[-1]
         if not self.facts.tied or self.rank not in (first, last):

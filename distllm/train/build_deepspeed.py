@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 from distllm.comm import World
@@ -9,10 +10,12 @@ from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.engine.deepspeed import DeepSpeedEngine, Tensors
+from distllm.engine.deepspeed_pipeline import PipelinePasses
+from distllm.engine.native import DTYPES
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh
-from distllm.parallel.parallelize import fill
+from distllm.parallel.parallelize import Layout, fill, parallelize
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
 from distllm.train.tasks import Task
@@ -48,6 +51,8 @@ def build_deepspeed(
         task: what it learns.
         tensors: a call gives the first weights by name, whole.
     """
+    if config.layout.pp > 1:
+        return _pipelined(config, world, mesh=mesh, spec=spec, task=task, tensors=tensors)
     model = meta_model(spec)
     scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
@@ -56,4 +61,23 @@ def build_deepspeed(
         model, json=deepspeed_json(config, ranks=world.size), tensors=tensors, objective=task.objective,
         optimizer=optimizer, schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world,
         mesh=mesh,
+    )  # fmt: skip
+
+
+def _pipelined(
+    config: Config, world: World, *, mesh: Mesh, spec: ModelSpec, task: Task, tensors: Tensors
+) -> DeepSpeedEngine:
+    """As `build_deepspeed`, where each rank holds one stage."""
+    model, json = meta_model(spec), deepspeed_json(config, ranks=world.size)
+    scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
+    optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)  # by names of the whole model
+    layout = Layout(
+        DTYPES[config.precision.compute], axes=config.layout, microbatches=json["gradient_accumulation_steps"],
+        seq_len=config.data.seq_len, rounded_weights=True,
+    )  # fmt: skip
+    parallel = parallelize(model, mesh.unsharded(), spec=spec, tensors=tensors(), device=world.device, layout=layout)
+    return DeepSpeedEngine(
+        parallel.model, json=json, tensors=tensors, objective=task.objective, optimizer=optimizer,
+        schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world, mesh=mesh,
+        passes=partial(PipelinePasses, parallel=parallel), copies=parallel.copies,
     )  # fmt: skip
