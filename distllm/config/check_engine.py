@@ -57,12 +57,12 @@ def _sharding(engine: EngineConfig) -> Iterator[str]:
 
 def _axes(config: Config) -> Iterator[str]:
     layout = config.layout
-    for axis in ("ep", "cp", "tp"):
+    for axis in ("ep", "cp"):
         if (size := getattr(layout, axis)) > 1:
-            yield f"layout.{axis}={size}: engine.name=deepspeed has data-parallel ranks only; nearest: 1, or {NATIVE}"
+            yield f"layout.{axis}={size}: engine.name=deepspeed has data- and tensor-parallel ranks; nearest: 1, or {NATIVE}"
     if layout.dp_replicate != 1:
         yield (
-            f"layout.dp_replicate={layout.dp_replicate}: DeepSpeed shards over all ranks; nearest: 1 with "
+            f"layout.dp_replicate={layout.dp_replicate}: DeepSpeed shards over all data-parallel ranks; nearest: 1 with "
             f"layout.dp_shard=auto, or {NATIVE}"
         )
     if not layout.reshard_after_forward:

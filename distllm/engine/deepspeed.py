@@ -29,6 +29,7 @@ from distllm.engine.deepspeed_start import initialize
 from distllm.engine.local import LocalParameters
 from distllm.engine.stages import owners_in_order, send_to_first
 from distllm.parallel.mesh import AXES, Mesh
+from distllm.parallel.tensor_plain import TensorPiece
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """A call gives every parameter and buffer by name, whole, on the CPU."""
@@ -38,8 +39,7 @@ class DeepSpeedEngine:
     """Trains a model over which DeepSpeed's ZeRO is laid.
 
     The host waits for every step: DeepSpeed reads the norm there. A step that is not finite on any rank leaves weights,
-    optimizer state and schedule as they were. One engine a process: several in one
-    were seen to hang.
+    optimizer state and schedule as they were. One engine a process: several in one were seen to hang.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class DeepSpeedEngine:
         schedule: Callable[[int], float],
         world: World,
         mesh: Mesh,
+        cuts: Mapping[str, TensorPiece] | None = None,
+        blocks: Sequence[nn.Module] = (),
         passes: Callable[..., Passes] = WholeModel,
         copies: frozenset[str] = frozenset(),
     ) -> None:
@@ -65,6 +67,8 @@ class DeepSpeedEngine:
         schedule: update number (from 0) -> learning rate.
         world: this rank's facts; its process group has been started.
         mesh: the ranks by axis. ZeRO cuts over those that read different samples.
+        cuts: where this rank's pieces of the parameters lie that tp has cut, by name; None: it has cut none.
+        blocks: the model's, in order.
         passes: (DeepSpeed's engine, mesh, device=...) -> what takes micro-batches through the model.
         copies: names of what another pipeline stage holds too and answers for.
 
@@ -77,9 +81,12 @@ class DeepSpeedEngine:
         self.device, self._world = world.device, world
         self._objective, self._schedule = objective, schedule
         self._model, self._mesh, self._copies = model, mesh, copies
-        self._engine = initialize(model, optimizer(LocalParameters(model)), json=json, world=world, mesh=mesh)
+        own = optimizer(LocalParameters(model))
+        self._engine = initialize(model, own, json=json, world=world, mesh=mesh, blocks=blocks)
         self._passes = passes(self._engine, mesh, device=world.device)
-        self._pieces = Pieces(self._engine, model, stage=json["zero_optimization"]["stage"], mesh=mesh, copies=copies)
+        self._pieces = Pieces(
+            self._engine, model, stage=json["zero_optimization"]["stage"], mesh=mesh, cuts=cuts or {}, copies=copies
+        )
         self._pieces.make_optimizer_state()
         self._loaded = False
         self.parts_are_shared = json["zero_optimization"]["stage"] == 3

@@ -14,6 +14,7 @@ from distllm import comm
 from distllm.data.batch import Batch
 from distllm.engine.base import LossTerms, Objective
 from distllm.parallel.mesh import Mesh
+from distllm.parallel.tensor import whole_logits
 
 
 class Passes(Protocol):
@@ -89,4 +90,5 @@ class WholeModel:
     def inference(self) -> Iterator[nn.Module]:
         """See `Passes`."""
         self._engine.eval()
-        yield self._engine.module
+        with whole_logits(self._engine.module):
+            yield self._engine.module

@@ -7,8 +7,8 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from distllm import comm
 from distllm.checkpoint.chunk import Chunk
 from distllm.engine.flat import flat_chunks
 from distllm.parallel.mesh import Mesh
+from distllm.parallel.tensor_plain import TensorPiece
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,25 @@ class Pieces:
     """The fp32 weights and the optimizer state as ZeRO has cut them, by the names of parameters."""
 
     def __init__(
-        self, engine: Any, model: nn.Module, *, stage: int, mesh: Mesh, copies: frozenset[str] = frozenset()
+        self,
+        engine: Any,
+        model: nn.Module,
+        *,
+        stage: int,
+        mesh: Mesh,
+        cuts: Mapping[str, TensorPiece],
+        copies: frozenset[str] = frozenset(),
     ) -> None:
         """Args:
         engine: DeepSpeed's.
         model: what it trains, under its own names.
         stage: of ZeRO.
         mesh: the ranks by axis.
+        cuts: where this rank's pieces of the parameters lie that tp has cut, by name.
         copies: names of parameters that another pipeline stage holds too and writes.
         """
-        self._zero, self._stage, self._mesh, self._copies = engine.optimizer, stage, mesh, copies
+        self._zero, self._stage, self._mesh = engine.optimizer, stage, mesh
+        self._cuts, self._copies = cuts, copies
         self._pieces: dict[str, Piece] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         find = self._cut_parameter if stage == 3 else self._whole_parameter
@@ -105,7 +115,8 @@ class Pieces:
         """Copy this rank's numbers of whole tensors into the fp32 pieces."""
         for name, whole in tensors:
             if (piece := self._pieces.get(name)) is not None and piece.length:
-                piece.of(piece.flat).copy_(whole.reshape(-1).narrow(0, piece.start, piece.length))
+                own = self._cuts[name].cut(whole) if name in self._cuts else whole
+                piece.of(piece.flat).copy_(own.reshape(-1).narrow(0, piece.start, piece.length))
 
     def to_weights(self) -> None:
         """Make the weights that the model computes with from the fp32 pieces; a collective call."""
@@ -123,22 +134,32 @@ class Pieces:
         piece, shape = self._pieces[name], self._shapes[name]
         numbers = torch.zeros(prod(shape), dtype=torch.float32, device=device)
         numbers.narrow(0, piece.start, piece.length).copy_(piece.of(piece.flat))
-        return comm.sum_over(numbers, self._mesh.data_group).view(shape)
+        own = comm.sum_over(numbers, self._mesh.data_group).view(shape)
+        if (cut := self._cuts.get(name)) is None:
+            return own
+        whole = torch.zeros(cut.shape, dtype=torch.float32, device=device)
+        cut.put(own, into=whole)
+        return comm.sum_over(whole, self._mesh.group("tp"))
 
     def chunks(self) -> dict[str, Chunk]:
         """This rank's pieces of parameters and optimizer state."""
         chunks: dict[str, Chunk] = {}
-        state = self._zero.optimizer.state
         for name, piece in self._pieces.items():
-            shape = self._shapes[name]
-            mine = flat_chunks(f"model.{name}", piece.of(piece.flat), shape=shape, start=piece.start)
-            for key, value in state[piece.flat].items():
+            chunks |= self._flat_chunks(f"model.{name}", piece.flat, name)
+            for key, value in self._zero.optimizer.state[piece.flat].items():
                 if not isinstance(value, torch.Tensor):
                     continue
                 at = f"optim.{name}.{key}"
                 if value.shape == piece.flat.shape:
-                    mine |= flat_chunks(at, piece.of(value), shape=shape, start=piece.start)
+                    chunks |= self._flat_chunks(at, value, name)
                 else:  # a step count, the same on all ranks
-                    mine[at] = Chunk(value, tuple(value.shape), (0,) * value.dim(), self._mesh.dp_rank == 0)
-            chunks |= {at: replace(chunk, write=False) for at, chunk in mine.items()} if name in self._copies else mine
+                    first = self._mesh.dp_rank == 0 and self._mesh.first_of("tp") and name not in self._copies
+                    chunks[at] = Chunk(value, tuple(value.shape), (0,) * value.dim(), first)
         return chunks
+
+    def _flat_chunks(self, key: str, flat: torch.Tensor, name: str) -> dict[str, Chunk]:
+        """The chunks of one parameter, from its flat piece or from optimizer state as long as it."""
+        piece, cut = self._pieces[name], self._cuts.get(name)
+        first = cut is not None or self._mesh.first_of("tp")  # what tp has not cut, all its ranks hold
+        first = first and name not in self._copies
+        return flat_chunks(key, piece.of(flat), shape=self._shapes[name], start=piece.start, piece=cut, write=first)

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +19,59 @@ from distllm.config.errors import ConfigError
 from distllm.parallel.mesh import Mesh
 
 
+class ModelParallelUnit:
+    """Our mesh in the words that DeepSpeed asks in, which are Megatron's: its model parallelism is our tp."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        """A collective call where there are no data-parallel ranks: DeepSpeed wants a group of one then, too."""
+        tp = mesh.group("tp")
+        assert tp is not None, "without tp DeepSpeed finds its ranks itself"
+        self._mesh, self._tp = mesh, tp
+        self._data = mesh.data_group or dist.new_group([mesh.rank], use_local_synchronization=True)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that read different samples, over which ZeRO cuts."""
+        return self._data
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self._mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._mesh.dp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks over which norms of cut parameters are added and overflows told."""
+        return self._tp
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's place among them; the first counts the parameters that are not cut."""
+        return self._mesh.coordinates()["tp"]
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._mesh.sizes["tp"]
+
+
 def initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, json: Mapping[str, Any], world: World, mesh: Mesh
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    json: Mapping[str, Any],
+    world: World,
+    mesh: Mesh,
+    blocks: Sequence[nn.Module] = (),
 ) -> Any:
     """`deepspeed.initialize`, quiet, without compiling anything, and with all that it was told in force.
 
     Args:
-        model: what this rank trains; with pipeline ranks its stage.
+        model: what this rank trains, on the world's device; with pipeline ranks its stage.
         optimizer: of its parameters.
         json: DeepSpeed's configuration.
         world: this rank's facts.
         mesh: the ranks by axis.
+        blocks: the modules whose parameters stage 3 has to gather together.
 
     Raises:
         ConfigError: DeepSpeed does not do what it was told.
@@ -49,8 +91,15 @@ def initialize(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist.get_backend(), verbose=False, auto_mpi_discovery=False)
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
-    whole = _as_pipeline(model, mesh) if mesh.sizes["pp"] > 1 else model
-    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=dict(json))
+    # Under tp a block puts sums over ranks in the place of its whole parameters before its layers are called.
+    for block in blocks if mesh.sizes["tp"] > 1 else ():
+        deepspeed.utils.set_z3_leaf_module(block, True)
+    whole, unit = model, None
+    if mesh.sizes["pp"] > 1:
+        whole = _as_pipeline(model, mesh)
+    elif mesh.sizes["tp"] > 1:
+        unit = ModelParallelUnit(mesh)
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=dict(json), mpu=unit)
     for module, name, buffer in buffers:  # bf16 rounds them too, and rotary frequencies do not bear it
         module._buffers[name] = buffer.to(world.device)
     refuse_ignored(engine, json)
@@ -60,14 +109,14 @@ def initialize(
 def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
     """DeepSpeed's pipeline of as many layers as stages: where to cut, and what is tied, we have decided already.
 
-    Its order of ranks, pipe before data, is that of our mesh.
+    Its order of ranks, pipe before data before model, is that of our mesh, where its model parallelism is our tp.
     """
     from deepspeed.pipe import LayerSpec, PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     pp, own = mesh.sizes["pp"], mesh.coordinates()["pp"]
     layers = [stage if index == own else LayerSpec(nn.Identity) for index in range(pp)]  # others' are never built
-    topology = PipeDataParallelTopology(num_pp=pp, num_dp=mesh.dp_size)
+    topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=mesh.sizes["tp"], num_dp=mesh.dp_size)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of layers
         module: nn.Module = PipelineModule(layers, topology=topology, partition_method="uniform")
     return module

@@ -8,6 +8,7 @@ from math import prod
 import torch
 
 from distllm.checkpoint.chunk import Chunk
+from distllm.parallel.tensor_plain import TensorPiece
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, sizes), an index and a length for each dim."""
@@ -39,25 +40,43 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     yield from _in_row(shape, last, 0, stop - last * row)
 
 
-def flat_chunks(key: str, values: torch.Tensor, *, shape: Sequence[int], start: int) -> dict[str, Chunk]:
+def flat_chunks(
+    key: str,
+    values: torch.Tensor,
+    *,
+    shape: Sequence[int],
+    start: int,
+    piece: TensorPiece | None = None,
+    write: bool = True,
+) -> dict[str, Chunk]:
     """The chunks that a run of a tensor's numbers makes; they share its memory.
 
     Args:
         key: the tensor's name in a checkpoint.
-        values: the numbers, [N]; this rank alone holds them.
-        shape: of the whole tensor.
+        values: the numbers, [N].
+        shape: of the tensor that ZeRO cut: the whole one, or the piece of it that a tp rank has.
         start: the place of the first number in it.
+        piece: where that piece lies in the whole tensor; None: it is the whole one.
+        write: whether this rank is the first of those that hold these numbers.
     """
-    whole = tuple(shape)
-    if not whole or not prod(whole):  # one number, which may lie on another rank, or none
-        mine = values.numel() == 1 or not prod(whole)
-        return {key: Chunk(values.reshape(whole), whole, (0,) * len(whole), bool(whole == ()))} if mine else {}
-    chunks, used = {}, 0
-    for number, (offset, sizes) in enumerate(boxes(whole, start, start + values.numel())):
+    own = tuple(shape)
+    whole = own if piece is None else piece.shape
+    if not own or not prod(own):  # one number, which may lie on another rank, or none
+        mine = values.numel() == 1 or not prod(own)
+        return {key: Chunk(values.reshape(own), own, (0,) * len(own), write and own == ())} if mine else {}
+    found: list[Chunk] = []
+    used = 0
+    for offset, sizes in boxes(own, start, start + values.numel()):
         length = prod(sizes)
-        chunks[f"{key}#{number}"] = Chunk(values.narrow(0, used, length).view(sizes), whole, offset, True)
+        box = values.narrow(0, used, length).view(sizes)
         used += length
-    return chunks
+        if piece is None:
+            found.append(Chunk(box, whole, offset, write))
+            continue
+        dim = piece.dim
+        for inside, at, count in piece.split(offset[dim], sizes[dim]):
+            found.append(Chunk(box.narrow(dim, inside, count), whole, (*offset[:dim], at, *offset[dim + 1 :]), write))
+    return {f"{key}#{number}": chunk for number, chunk in enumerate(found)}
 
 
 def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:

@@ -144,7 +144,12 @@ def standing_in(slots: Sequence[Slot], tensors: Sequence[torch.Tensor]) -> Itera
 
 def is_cut(parameter: torch.Tensor | None) -> bool:
     """Whether ranks hold different pieces of a parameter, as a module computes with it: FSDP has gathered its shards."""
-    return isinstance(parameter, DTensor)
+    return isinstance(parameter, DTensor) or getattr(parameter, "tensor_model_parallel", False)
+
+
+def mark_cut(parameter: nn.Parameter) -> None:
+    """Say of a plain parameter that it is a piece, in the word that Megatron and DeepSpeed have for it."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""The DeepSpeed side of `build`: the model whole on each rank with its first weights, and the engine over it."""
+"""The DeepSpeed side of `build`: the model with its first weights, whole on each rank or its tp part, and the engine over it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.engine.deepspeed import DeepSpeedEngine, Tensors
+from distllm.engine.deepspeed_passes import WholeModel
 from distllm.engine.deepspeed_pipeline import PipelinePasses
 from distllm.engine.native import DTYPES
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh
-from distllm.parallel.parallelize import Layout, fill, parallelize
+from distllm.parallel.parallelize import Layout, find_blocks, parallelize
+from distllm.parallel.tensor_plain import make_plain
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
 from distllm.train.tasks import Task
@@ -41,7 +43,7 @@ def build_deepspeed(
 ) -> DeepSpeedEngine:
     """The model and the DeepSpeed engine that trains it.
 
-    Each rank holds the whole model in fp32 for a moment, also at stage 3.
+    Each rank holds the whole model, or its tp part of its stage, in fp32 for a moment, also at stage 3.
 
     Args:
         config: what decides how it learns; `check_engine` has passed it.
@@ -51,26 +53,11 @@ def build_deepspeed(
         task: what it learns.
         tensors: a call gives the first weights by name, whole.
     """
-    if config.layout.pp > 1:
-        return _pipelined(config, world, mesh=mesh, spec=spec, task=task, tensors=tensors)
-    model = meta_model(spec)
+    model, json = meta_model(spec), deepspeed_json(config, ranks=world.size)
+    # By names of the whole model, before a pipeline cuts it.
     scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
-    fill(model, tensors(), device=world.device)
-    return DeepSpeedEngine(
-        model, json=deepspeed_json(config, ranks=world.size), tensors=tensors, objective=task.objective,
-        optimizer=optimizer, schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world,
-        mesh=mesh,
-    )  # fmt: skip
-
-
-def _pipelined(
-    config: Config, world: World, *, mesh: Mesh, spec: ModelSpec, task: Task, tensors: Tensors
-) -> DeepSpeedEngine:
-    """As `build_deepspeed`, where each rank holds one stage."""
-    model, json = meta_model(spec), deepspeed_json(config, ranks=world.size)
-    scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
-    optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)  # by names of the whole model
+    blocks = find_blocks(model, spec=spec)
     layout = Layout(
         DTYPES[config.precision.compute], axes=config.layout, microbatches=json["gradient_accumulation_steps"],
         seq_len=config.data.seq_len, rounded_weights=True,
@@ -79,5 +66,6 @@ def _pipelined(
     return DeepSpeedEngine(
         parallel.model, json=json, tensors=tensors, objective=task.objective, optimizer=optimizer,
         schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world, mesh=mesh,
-        passes=partial(PipelinePasses, parallel=parallel), copies=parallel.copies,
+        cuts=make_plain(parallel.model, packed=parallel.packings), blocks=blocks, copies=parallel.copies,
+        passes=WholeModel if parallel.pipeline is None else partial(PipelinePasses, parallel=parallel),
     )  # fmt: skip
