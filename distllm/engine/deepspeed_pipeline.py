@@ -26,6 +26,7 @@ from distllm.parallel.equal_shapes import equal_shapes
 from distllm.parallel.mesh import Mesh
 from distllm.parallel.parallelize import Parallel
 from distllm.parallel.pipeline import PipelinedModel
+from distllm.parallel.tensor import whole_logits
 
 AFTER_PASSES = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
 """DeepSpeed's instructions that follow the last backward pass."""
@@ -90,7 +91,8 @@ class PipelinePasses:
     def inference(self) -> Iterator[nn.Module]:
         """See `Passes`."""
         self._engine.eval()
-        yield PipelinedModel(self._pipeline)
+        with whole_logits(self._stage.module):
+            yield PipelinedModel(self._pipeline)
 
     def _expect(self, shape: tuple[int, ...]) -> None:
         """Let stages tell each other anew what they send, where the micro-batches [B, S] are not as in the last step."""

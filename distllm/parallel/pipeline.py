@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Pipeline:
         self._made_for: tuple[int, ...] | None = None
         self._torch_stages: list[PipelineStage] = []
         self._schedule: Any = None
-        self._part_names: tuple[str, ...] | None = None
+        self._part_shapes: dict[str, tuple[int, ...]] | None = None
         for stage in stages:
             stage.slot.dtype = facts.dtype
             if context is not None:
@@ -146,7 +147,7 @@ class Pipeline:
             terms: (outputs, batch) -> LossTerms; called on the last stage.
 
         Returns:
-            sum, count and parts, each fp64, the same on every pp rank.
+            sum, count and parts (of any shape), each fp64, the same on every pp rank.
         """
         found: list[Any] = []
 
@@ -155,16 +156,19 @@ class Pipeline:
             return torch.empty(0)
 
         self._forward(batch, keep)
-        if self._part_names is None:
-            names = [tuple(found[0].parts) if found else ()]
-            dist.broadcast_object_list(names, group_src=self.facts.owners[-1], group=self.group, device=torch.device("cpu"))
-            self._part_names = names[0]
-        values = torch.zeros(2 + len(self._part_names), dtype=torch.float64, device=self.device)
+        shapes = {name: tuple(part.shape) for name, part in found[0].parts.items()} if found else {}
+        if self._part_shapes is None:
+            told = [shapes]
+            dist.broadcast_object_list(told, group_src=self.facts.owners[-1], group=self.group, device=torch.device("cpu"))
+            self._part_shapes = told[0]
+        sizes = [prod(shape) for shape in self._part_shapes.values()]
+        values = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=self.device)
         if found:
-            assert tuple(found[0].parts) == self._part_names, "an objective names the same parts for every batch"
-            values = torch.stack([v.double() for v in (found[0].sum, found[0].count, *found[0].parts.values())])
-        total, count, *parts = self.from_last(values).unbind()
-        return total, count, dict(zip(self._part_names, parts, strict=True))
+            assert shapes == self._part_shapes, "an objective makes the same parts of every batch"
+            values = torch.cat([v.double().reshape(-1) for v in (found[0].sum, found[0].count, *found[0].parts.values())])
+        total, count, *parts = self.from_last(values).split([1, 1, *sizes])
+        named = zip(self._part_shapes.items(), parts, strict=True)
+        return total.squeeze(0), count.squeeze(0), {name: part.view(shape) for (name, shape), part in named}
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
