@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,37 +22,14 @@ from distllm.engine.deepspeed_start import refuse_ignored
 from distllm.train.build import build
 from distllm.train.loop import train
 from distllm.train.objectives import causal_lm
+from tests.engine.zero_runs import COMMON, assert_equal_runs, go, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
 
-COMMON = (
-    "train.eval_every=0", "train.sample_every=0", "checkpoint.every=0", "checkpoint.asynchronous=false",
-    "schedule.name=constant", "optim.clip=0.5", "optim.eps=1e-4",
-)  # fmt: skip
-"""With a small eps Adam makes a step of any gradient, so that where one is nothing but rounding, weights part by whole steps."""
 STEPS = 6
-pytestmark = pytest.mark.deepspeed
+pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> Iterator[None]:
-    """DeepSpeed in the parent of all ranks: imported once."""
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed  # noqa: F401
-    yield
-    del os.environ["DS_ACCELERATOR"]
-    if before is not None:
-        os.environ["DS_ACCELERATOR"] = before
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -64,30 +38,6 @@ def reference(place: Path) -> Path:
     config = tiny_config(place, *COMMON, "name=one", f"train.steps={STEPS}")
     assert on_ranks(lambda world: run_tiny(world, config), 1, place / "ranks") == [0]
     return place / "runs" / "one"
-
-
-def zero(stage: int, *more: str) -> tuple[str, ...]:
-    return ("engine.name=deepspeed", f"engine.zero_stage={stage}", *more)
-
-
-def go(place: Path, name: str, *how: str, steps: int, ranks: int = 2) -> Path:
-    """Train, or train on, until `steps`."""
-    config = tiny_config(place, *COMMON, f"name={name}", f"train.steps={steps}", *how)
-    assert on_ranks(lambda world: run_tiny(world, config), ranks, place / "ranks") == [0] * ranks
-    return place / "runs" / name
-
-
-def assert_equal_runs(run: Path, reference: Path) -> None:
-    """Losses, norms, weights and optimizer state of two runs agree as two layouts of one engine do."""
-    mine, theirs = losses(run), losses(reference)
-    assert list(mine) == list(theirs)
-    np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=0, atol=2e-6)
-    norms = [[line["grad_norm"] for line in metrics(folder) if "loss" in line] for folder in (run, reference)]
-    np.testing.assert_allclose(*norms, rtol=2e-6)
-    ours, expected = state(run), state(reference)
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(ours[name], value, rtol=0, atol=5e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -129,10 +79,12 @@ def uneven_run(world: World, config: Config) -> int:
     return train(run)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 2), (3, 2)])
-def test_uneven_batches_are_divided_once_and_a_bad_one_is_skipped_by_all(stage: int, ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "ranks", "tp"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (2, 2, 2)])
+def test_uneven_batches_are_divided_once_and_a_bad_one_is_skipped_by_all(
+    stage: int, ranks: int, tp: int, tmp_path: Path
+) -> None:
     folders = []
-    for name, how, size in (("one", (), 1), ("zero", zero(stage), ranks)):
+    for name, how, size in (("one", (), 1), ("zero", zero(stage, f"layout.tp={tp}"), ranks)):
         config = tiny_config(tmp_path, *COMMON, f"name={name}", "train.steps=4", *how)
         on_ranks(lambda world, config=config: uneven_run(world, config), size, tmp_path / "ranks")
         folders.append(tmp_path / "runs" / name)
