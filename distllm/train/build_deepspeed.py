@@ -59,7 +59,7 @@ def build_deepspeed(
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
     blocks = find_blocks(model, spec=spec)
     layout = Layout(
-        DTYPES[config.precision.compute], axes=config.layout, microbatches=json["gradient_accumulation_steps"],
+        DTYPES[config.precision.compute], activation=config.activation, axes=config.layout, microbatches=json["gradient_accumulation_steps"],
         seq_len=config.data.seq_len, rounded_weights=True,
     )  # fmt: skip
     parallel = parallelize(model, mesh.unsharded(), spec=spec, tensors=tensors(), device=world.device, layout=layout)

@@ -70,7 +70,7 @@ def uneven(outputs: Any, batch: Any) -> LossTerms:
         labels[row, number % 7 * 4 :] = IGNORE  # nothing is left of every seventh
     terms = causal_lm(outputs, replace(batch, targets={**batch.targets, "labels": labels}))
     bad = 17 in batch.sample_ids and torch.is_grad_enabled()
-    return replace(terms, sum=terms.sum * float("inf")) if bad else terms
+    return replace(terms, sum=terms.sum + float("inf")) if bad else terms  # its gradient is finite
 
 
 def uneven_run(world: World, config: Config) -> int:
