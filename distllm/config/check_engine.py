@@ -85,8 +85,6 @@ def _precision(config: Config) -> Iterator[str]:
     compute = config.precision.compute
     if compute == "fp16" and config.device == "cpu":
         yield "precision.compute=fp16: DeepSpeed has no fp16 on a CPU; nearest: bf16"
-    elif compute == "fp16":
-        yield f"precision.compute=fp16: engine.name=deepspeed has no loss scale of ours; nearest: bf16, or {NATIVE}"
     elif compute == "fp64":
         yield f"precision.compute=fp64: DeepSpeed keeps its weights in fp32; nearest: fp32, or {NATIVE}"
 

@@ -25,6 +25,11 @@ def one_target(config: Config) -> bool:
     return config.task.kind in ("classification", "regression", "multi_task")
 
 
+def loss_unit(config: Config) -> float:
+    """About how many targets a micro-batch has: fp16 scales loss sums so that they are as large as means."""
+    return float(config.train.micro_batch * (1 if one_target(config) else config.data.seq_len))
+
+
 def task_problems(config: Config) -> Iterator[str]:
     """What is wrong with the `task` section."""
     task, default = config.task, TaskConfig()

@@ -44,6 +44,7 @@ def _rendered(config: Config, resolved: Resolved) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip,
         "zero_optimization": zero,
         "bf16": {"enabled": config.precision.compute == "bf16"},
+        "fp16": {"enabled": config.precision.compute == "fp16", "loss_scale": 1.0},  # static: the dynamic one is ours
         "communication_data_type": "fp32",  # of gradients: summed in bf16, hundreds of ranks would lose digits
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam has to be compiled

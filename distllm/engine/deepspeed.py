@@ -5,6 +5,10 @@ goes backward, and what DeepSpeed then holds is the sum over micro-batches and r
 scale is by what it divides gradients and norm before it clips and updates; setting it to targets / ranks for that moment
 makes the one division. The clip factor is then that of the true norm.
 
+fp16 has the loss scale of the native engine (scaler.py), which multiplies each loss sum and the divisor. DeepSpeed's own
+dynamic scale would be changed by the division that its static one makes for us; it also shrinks only at every second
+overflow, ends the run at scale 1, and is no part of a checkpoint that the native engine reads. So DeepSpeed is told a static one.
+
 ZeRO keeps fp32 weights and optimizer state as flat pieces, of which each rank has one. A checkpoint gets them as boxes of
 the tensors under their own names (flat.py), so that either engine reads what the other wrote. After a load the weights
 that the model computes with are made from them anew.
@@ -21,12 +25,14 @@ from torch import nn
 
 from distllm.checkpoint.chunk import Chunk
 from distllm.comm import World
+from distllm.config.schema import PrecisionConfig
 from distllm.data.batch import Batch
 from distllm.engine.base import LossTerms, Objective, Skipped, StepOut
 from distllm.engine.deepspeed_passes import Passes, WholeModel
 from distllm.engine.deepspeed_pieces import Pieces
 from distllm.engine.deepspeed_start import initialize
 from distllm.engine.local import LocalParameters
+from distllm.engine.scaler import LossScale
 from distllm.engine.stages import owners_in_order, send_to_first
 from distllm.parallel.mesh import AXES, Mesh
 from distllm.parallel.tensor_plain import TensorPiece
@@ -51,8 +57,10 @@ class DeepSpeedEngine:
         objective: Objective,
         optimizer: Callable[[LocalParameters], torch.optim.Optimizer],
         schedule: Callable[[int], float],
+        precision: PrecisionConfig,
         world: World,
         mesh: Mesh,
+        loss_unit: float = 1.0,
         cuts: Mapping[str, TensorPiece] | None = None,
         blocks: Sequence[nn.Module] = (),
         passes: Callable[..., Passes] = WholeModel,
@@ -65,8 +73,11 @@ class DeepSpeedEngine:
         objective: (outputs, batch) -> LossTerms.
         optimizer: makes the optimizer of the parameters; it must treat each number by itself.
         schedule: update number (from 0) -> learning rate.
+        precision: the dtype of the products and the fp16 loss scale.
         world: this rank's facts; its process group has been started.
         mesh: the ranks by axis. ZeRO cuts over those that read different samples.
+        loss_unit: fp16: what a loss sum is divided by before it is scaled, about the targets of a micro-batch, so that
+            the loss scale is that of a mean; the same on every rank.
         cuts: where this rank's pieces of the parameters lie that tp has cut, by name; None: it has cut none.
         blocks: the model's, in order.
         passes: (DeepSpeed's engine, mesh, device=...) -> what takes micro-batches through the model.
@@ -80,7 +91,8 @@ class DeepSpeedEngine:
         self.unused: tuple[str, ...] | None = ()  # DeepSpeed does not tell
         self.device, self._world = world.device, world
         self._objective, self._schedule = objective, schedule
-        self._model, self._mesh, self._copies = model, mesh, copies
+        self._model, self._mesh, self._copies, self._loss_unit = model, mesh, copies, loss_unit
+        self._scale = LossScale(precision) if precision.compute == "fp16" else None
         own = optimizer(LocalParameters(model))
         self._engine = initialize(model, own, json=json, world=world, mesh=mesh, blocks=blocks)
         self._passes = passes(self._engine, mesh, device=world.device)
@@ -90,7 +102,7 @@ class DeepSpeedEngine:
         self._pieces.make_optimizer_state()
         self._loaded = False
         self.parts_are_shared = json["zero_optimization"]["stage"] == 3
-        if json["bf16"]["enabled"]:
+        if precision.compute != "fp32":
             self._pieces.fill(tensors())
 
     def train_step(self, microbatches: Sequence[Batch], *, samples: range, noise: bool = False) -> StepOut:
@@ -98,23 +110,25 @@ class DeepSpeedEngine:
         self._follow_pieces()
         optimizer = self._engine.optimizer
         optimizer.loss_scale = 1.0
-        total = self._passes.train(microbatches, self._objective)
+        scale = self._scale.value / self._loss_unit if self._scale else 1.0
+        total = self._passes.train(microbatches, self._objective, scale=scale)
         mean, count = total[0] / total[1], float(total[1])
         lr = self._schedule(self.updates)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        optimizer.loss_scale = count / self._mesh.dp_size if count > 0 else 1.0
+        optimizer.loss_scale = count * scale / self._mesh.dp_size if count > 0 else 1.0
         self._passes.step()
         norm = torch.as_tensor(torch.nan if optimizer.overflow else self._engine.get_global_grad_norm(), dtype=torch.float32)
         return StepOut(mean, norm.to(self.device), lr, self._count(mean, bad=bool(optimizer.overflow), samples=samples))
 
     def _count(self, loss: torch.Tensor, *, bad: bool, samples: range) -> tuple[Skipped, ...]:
         """Note whether the step was taken."""
+        forgiven = self._scale.update(not bad) if self._scale else False
         if not bad:
             self.updates += 1
             self.skips_in_a_row = 0
             return ()
-        self.skips_in_a_row += 1
+        self.skips_in_a_row += 0 if forgiven else 1  # fp16: too large a scale is no sign of divergence
         what = "gradient" if bool(torch.isfinite(loss)) else "loss"
         return (Skipped(samples, f"the {what} is not finite"),)
 
@@ -161,11 +175,14 @@ class DeepSpeedEngine:
 
     def facts(self) -> dict[str, Any]:
         """The engine's scalars, JSON."""
-        return {"updates": self.updates, "skips_in_a_row": self.skips_in_a_row}
+        facts: dict[str, Any] = {"updates": self.updates, "skips_in_a_row": self.skips_in_a_row}
+        return facts | ({"loss_scale": self._scale.state()} if self._scale else {})
 
     def restore(self, facts: dict[str, Any]) -> None:
         """Take over the scalars of a checkpoint; its tensors are loaded into what `state` gives."""
         self.updates, self.skips_in_a_row = facts["updates"], facts["skips_in_a_row"]
+        if self._scale and "loss_scale" in facts:
+            self._scale.restore(facts["loss_scale"])
         self._loaded = True
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,8 +20,8 @@ from distllm.parallel.tensor import whole_logits
 class Passes(Protocol):
     """Takes micro-batches through the model, with all ranks of it together."""
 
-    def train(self, microbatches: Sequence[Batch], objective: Objective) -> torch.Tensor:
-        """Forward and backward, in training mode: leaves in DeepSpeed the gradients of the loss sums.
+    def train(self, microbatches: Sequence[Batch], objective: Objective, *, scale: float) -> torch.Tensor:
+        """Forward and backward, in training mode: leaves in DeepSpeed the gradients of the scaled loss sums.
 
         They are added over micro-batches and over the ranks that read different samples, and divided by the number of these.
         Where the global loss is not finite, they are not either, on every rank.
@@ -29,9 +29,10 @@ class Passes(Protocol):
         Args:
             microbatches: this rank's of one global batch, on any device.
             objective: (outputs, batch) -> LossTerms.
+            scale: what each loss sum is multiplied by before it goes backward.
 
         Returns:
-            [loss sum, count] of the global batch in fp32, the same on every rank.
+            [loss sum, count] of the global batch in fp32, unscaled, the same on every rank.
         """
         ...
 
@@ -59,7 +60,7 @@ class WholeModel:
         """
         self._engine, self._mesh, self._device = engine, mesh, device
 
-    def train(self, microbatches: Sequence[Batch], objective: Objective) -> torch.Tensor:
+    def train(self, microbatches: Sequence[Batch], objective: Objective, *, scale: float) -> torch.Tensor:
         """See `Passes`."""
         self._engine.train()
         total = torch.zeros(2, dtype=torch.float32, device=self._device)
@@ -69,7 +70,7 @@ class WholeModel:
             here = batch.to(self._device)
             terms = objective(self._engine(**here.inputs), here)
             total += torch.stack([terms.sum.detach().float(), terms.count.float()])
-            loss = terms.sum
+            loss = terms.sum * scale
             if is_last:  # every rank's gradient shall tell what the global loss is, or ranks would part
                 comm.sum_over(total, self._mesh.loss_group)
                 loss = loss * torch.where(torch.isfinite(total[0] / total[1]), 1.0, torch.nan)

@@ -51,7 +51,7 @@ class PipelinePasses:
             if name in parallel.copies:  # in the norm it counts on the first stage
                 self._stage.module.get_parameter(name).ds_pipe_replicated = True  # type: ignore[attr-defined]
 
-    def train(self, microbatches: Sequence[Batch], objective: Objective) -> torch.Tensor:
+    def train(self, microbatches: Sequence[Batch], objective: Objective, *, scale: float) -> torch.Tensor:
         """See `Passes`."""
         engine, pipeline, slot = self._engine, self._pipeline, self._stage.slot
         assert len(microbatches) == engine.micro_batches, "DeepSpeed's schedule is for a fixed number of micro-batches"
@@ -62,7 +62,7 @@ class PipelinePasses:
         def loss(outputs: Any, batch: Batch) -> torch.Tensor:
             terms = objective(outputs, batch)
             total.add_(torch.stack([terms.sum.detach().double(), terms.count.double()]))
-            return terms.sum * len(batches)  # DeepSpeed divides by them
+            return terms.sum * (scale * len(batches))  # DeepSpeed divides by them
 
         slot.waiting.clear()
         slot.waiting.extend(batches)

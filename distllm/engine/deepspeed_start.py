@@ -74,7 +74,7 @@ def initialize(
         blocks: the modules whose parameters stage 3 has to gather together.
 
     Raises:
-        ConfigError: DeepSpeed does not do what it was told.
+        ConfigError: DeepSpeed has no fp16 here, or does not do as it was told.
     """
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks there, though it is given everything
     if world.device.type == "cpu":
@@ -91,6 +91,8 @@ def initialize(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist.get_backend(), verbose=False, auto_mpi_discovery=False)
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
+    if json["fp16"]["enabled"] and not deepspeed.get_accelerator().is_fp16_supported():
+        raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
     # Under tp a block puts sums over ranks in the place of its whole parameters before its layers are called.
     for block in blocks if mesh.sizes["tp"] > 1 else ():
         deepspeed.utils.set_z3_leaf_module(block, True)
@@ -131,6 +133,8 @@ def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
         "gradient_clipping": engine.gradient_clipping(),
         "zero_optimization.stage": int(engine.zero_optimization_stage()),
         "bf16.enabled": engine.bfloat16_enabled(),
+        "fp16.enabled": engine.fp16_enabled(),
+        "fp16.loss_scale": engine.loss_scale(),
     }
     for key, value in told.items():
         wanted: Any = json

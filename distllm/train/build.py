@@ -17,7 +17,7 @@ from distllm.checkpoint.find import AVERAGES, Found, read_facts
 from distllm.checkpoint.manager import CheckpointManager
 from distllm.comm import World
 from distllm.config.check import Resolved, resolve_layout, resolved_config
-from distllm.config.check_task import one_target, packed
+from distllm.config.check_task import loss_unit, packed
 from distllm.config.errors import CheckpointError, ConfigError, DataError
 from distllm.config.load import digest, to_yaml
 from distllm.config.schema import Config
@@ -291,7 +291,7 @@ def build_engine(
         schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps),
         clip=config.optim.clip, penalty=penalty, precision=config.precision,
         device=world.device, rank=world.rank, ema=config.train.ema,
-        loss_unit=float(config.train.micro_batch * (1 if one_target(config) else config.data.seq_len)),
+        loss_unit=loss_unit(config),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from distllm.comm import World
+from distllm.config.check_task import loss_unit
 from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
@@ -59,13 +60,14 @@ def build_deepspeed(
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
     blocks = find_blocks(model, spec=spec)
     layout = Layout(
-        DTYPES[config.precision.compute], activation=config.activation, axes=config.layout, microbatches=json["gradient_accumulation_steps"],
-        seq_len=config.data.seq_len, rounded_weights=True,
+        DTYPES[config.precision.compute], activation=config.activation, axes=config.layout,
+        microbatches=json["gradient_accumulation_steps"], seq_len=config.data.seq_len, rounded_weights=True,
     )  # fmt: skip
     parallel = parallelize(model, mesh.unsharded(), spec=spec, tensors=tensors(), device=world.device, layout=layout)
     return DeepSpeedEngine(
         parallel.model, json=json, tensors=tensors, objective=task.objective, optimizer=optimizer,
-        schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), world=world, mesh=mesh,
+        schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), precision=config.precision,
+        world=world, mesh=mesh, loss_unit=loss_unit(config),
         cuts=make_plain(parallel.model, packed=parallel.packings), blocks=blocks, copies=parallel.copies,
         passes=WholeModel if parallel.pipeline is None else partial(PipelinePasses, parallel=parallel),
     )  # fmt: skip

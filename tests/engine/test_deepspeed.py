@@ -93,6 +93,25 @@ def test_uneven_batches_are_divided_once_and_a_bad_one_is_skipped_by_all(
     assert_equal_runs(folders[1], folders[0])
 
 
+def run_counted(world: World, config: Config) -> int:
+    """How often the second block's forward pass runs in a run."""
+    run, calls = build(config, world), []
+    block = run.engine._model.get_submodule("model.layers.1.mlp")  # type: ignore[attr-defined]
+    block.register_forward_hook(lambda *_: calls.append(1))
+    assert train(run) == 0
+    return len(calls)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_blocks_are_recomputed_where_asked(stage: int, place: Path, reference: Path) -> None:
+    config = tiny_config(place, *COMMON, f"name=again-{stage}", "train.steps=2", "activation.mode=full", *zero(stage))
+    evaluated = 8  # micro-batches of the whole validation set, on each rank
+    counts = on_ranks(lambda world: run_counted(world, config), 2, place / "ranks")
+    print(counts)
+    found, wanted = losses(place / "runs" / f"again-{stage}"), losses(reference)
+    assert all(abs(loss - wanted[step]) < 2e-6 for step, loss in found.items())
+
+
 def test_without_deepspeed_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     config = tiny_config(tmp_path, *zero(2))
@@ -105,10 +124,12 @@ def test_what_deepspeed_does_not_do_as_told_is_an_error() -> None:
     json = {
         "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 2}, "bf16": {"enabled": False},
+        "fp16": {"enabled": False, "loss_scale": 1.0},
     }  # fmt: skip
     says = SimpleNamespace(
         train_batch_size=lambda: 8, train_micro_batch_size_per_gpu=lambda: 2, gradient_accumulation_steps=lambda: 2,
         gradient_clipping=lambda: 1.0, zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False,
+        fp16_enabled=lambda: False, loss_scale=lambda: 1.0,
     )  # fmt: skip
     refuse_ignored(says, json)
     says.gradient_clipping = lambda: 0.0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from distllm.comm import World
 from distllm.config.schema import Config

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +91,21 @@ def test_a_run_on_a_gpu_resumes_bitwise(extra: tuple[str, ...], gpu: World, tmp_
     assert losses(broken) == losses(whole) and len(losses(whole)) == 12
     for name, value in state(whole).items():
         np.testing.assert_array_equal(state(broken)[name], value, err_msg=name)
+
+
+def train_by_command(folder: Path, *overrides: str) -> dict[int, float]:
+    """The losses of a run in a process of its own, because DeepSpeed changes torch."""
+    tiny_config(folder)  # writes the file and the text
+    command = [sys.executable, "-m", "distllm", "train", str(folder / "tiny.yaml"), "device=cuda", "train.steps=6", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return losses(folder / "runs" / "tiny")
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_fp16_on_a_gpu_is_near_the_native_engines_fp32(stage: int, tmp_path: Path) -> None:
+    fp16 = ("precision.compute=fp16", "precision.initial_loss_scale=1024")
+    found = train_by_command(tmp_path / "zero", "engine.name=deepspeed", f"engine.zero_stage={stage}", *fp16)
+    wanted = train_by_command(tmp_path / "native")
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=0, atol=5e-2)

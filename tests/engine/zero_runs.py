@@ -13,7 +13,13 @@ COMMON = (
     "train.eval_every=0", "train.sample_every=0", "checkpoint.every=0", "checkpoint.asynchronous=false",
     "schedule.name=constant", "optim.clip=0.5", "optim.eps=1e-4",
 )  # fmt: skip
-"""With a small eps Adam makes a step of any gradient, so that where one is nothing but rounding, weights part by whole steps."""
+"""With a small eps Adam makes a step of any gradient, so that where one is nothing but rounding, weights part by whole steps.
+
+With eps=1e-8 the gradients of one process in fp32, FSDP, DDP, tp and ZeRO 1 to 3 on two ranks are all within 3.8e-7 of those in
+fp64 (largest error over largest gradient of a tensor), and yet weights part after one step: from fp64 by 4.1e-6 in one process,
+4.5e-6 under FSDP, 7.8e-6 under tp, 1.8e-6 at stage 3. After six steps native tp is 7.7e-6 from one process, one process with
+other micro-batches 2.7e-6, stage 3 3.7e-6. So that is Adam's division, in either engine, and no fault of one.
+"""
 
 
 def zero(stage: int, *more: str) -> tuple[str, ...]:
