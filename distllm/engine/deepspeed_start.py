@@ -93,9 +93,11 @@ def initialize(
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
     if json["fp16"]["enabled"] and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
-    # Under tp a block puts sums over ranks in the place of its whole parameters before its layers are called.
-    for block in blocks if mesh.sizes["tp"] > 1 else ():
-        deepspeed.utils.set_z3_leaf_module(block, True)
+    if mesh.sizes["tp"] > 1 and json["zero_optimization"]["stage"] == 3:
+        # A block puts sums over tp ranks in the place of its whole parameters before its layers are called to gather them.
+        for block in blocks:
+            block.register_forward_pre_hook(refuse_unseen_inputs, with_kwargs=True)
+            deepspeed.utils.set_z3_leaf_module(block, True)
     whole, unit = model, None
     if mesh.sizes["pp"] > 1:
         whole = _as_pipeline(model, mesh)
@@ -122,6 +124,20 @@ def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of layers
         module: nn.Module = PipelineModule(layers, topology=topology, partition_method="uniform")
     return module
+
+
+def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a call from which DeepSpeed cannot tell when the backward pass is through a block that it gathers as one.
+
+    It waits for the gradients of positional arguments; where none has any, it takes the block's gradients, still zero, at once.
+    """
+    if torch.is_grad_enabled() and not any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+        raise ConfigError(
+            [
+                f"engine.zero_stage=3: with layout.tp, {type(block).__name__} must be given its hidden states as a positional "
+                "argument, for DeepSpeed sees no gradient of others; nearest: 2, or engine.name=native"
+            ]
+        )
 
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distllm.comm import World
+from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
+from distllm.engine.deepspeed_start import refuse_unseen_inputs
 from distllm.train.build import build
 from tests.engine.zero_runs import COMMON, assert_equal_runs, go, zero
 from tests.ranks import on_ranks
@@ -72,3 +75,13 @@ def test_whole_tensors_are_put_together_from_pieces_in_the_models_own_order(
     assert first.keys() == second.keys() == saved.keys()
     assert all(np.array_equal(first[name], value) for name, value in saved.items())
     assert not any(value.size for value in second.values())
+
+
+def test_a_block_whose_backward_pass_deepspeed_would_not_see_is_refused() -> None:
+    block, states = torch.nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+    block.register_forward_pre_hook(refuse_unseen_inputs, with_kwargs=True)
+    block(states)
+    with torch.no_grad():
+        block(input=states)
+    with pytest.raises(ConfigError, match=r"engine.zero_stage=3: with layout.tp, Linear must be given .*; nearest: 2, or"):
+        block(input=states)
