@@ -6,8 +6,10 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +95,8 @@ def initialize(
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
     if json["fp16"]["enabled"] and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
+    if json["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+        require_libaio()
     if mesh.sizes["tp"] > 1 and json["zero_optimization"]["stage"] == 3:
         # A block puts sums over tp ranks in the place of its whole parameters before its layers are called to gather them.
         for block in blocks:
@@ -124,6 +128,17 @@ def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of layers
         module: nn.Module = PipelineModule(layers, topology=topology, partition_method="uniform")
     return module
+
+
+def require_libaio() -> None:
+    """Refuse files where their reading and writing cannot be compiled, which takes DeepSpeed minutes, once a machine."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(["engine.offload_optimizer=nvme: needs libaio, on Debian apt install libaio-dev; nearest: cpu"])
+    tools = str(Path(sys.executable).parent)  # ninja lies beside python, and the environment may not be activated
+    if tools not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
 
 
 def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

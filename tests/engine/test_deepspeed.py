@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from distllm.comm import World
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
-from distllm.data.batch import IGNORE
-from distllm.engine.base import LossTerms
 from distllm.engine.deepspeed_start import refuse_ignored
 from distllm.train.build import build
 from distllm.train.loop import train
-from distllm.train.objectives import causal_lm
-from tests.engine.zero_runs import COMMON, assert_equal_runs, go, zero
+from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
 
@@ -63,22 +57,6 @@ def test_bf16_is_near_and_goes_on_to_the_bit(stage: int, place: Path, reference:
     assert all(np.array_equal(ours[name], value) for name, value in expected.items())
 
 
-def uneven(outputs: Any, batch: Any) -> LossTerms:
-    """The loss of a part of each row that depends on its number; infinite for sample 17."""
-    labels = batch.targets["labels"].clone()
-    for row, number in enumerate(batch.sample_ids):
-        labels[row, number % 7 * 4 :] = IGNORE  # nothing is left of every seventh
-    terms = causal_lm(outputs, replace(batch, targets={**batch.targets, "labels": labels}))
-    bad = 17 in batch.sample_ids and torch.is_grad_enabled()
-    return replace(terms, sum=terms.sum + float("inf")) if bad else terms  # its gradient is finite
-
-
-def uneven_run(world: World, config: Config) -> int:
-    run = build(config, world)
-    run.engine._objective = uneven  # type: ignore[attr-defined]
-    return train(run)
-
-
 @pytest.mark.parametrize(("stage", "ranks", "tp"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (2, 2, 2)])
 def test_uneven_batches_are_divided_once_and_a_bad_one_is_skipped_by_all(
     stage: int, ranks: int, tp: int, tmp_path: Path
@@ -111,6 +89,12 @@ def test_blocks_are_recomputed_where_asked(stage: int, place: Path, reference: P
     assert counts == [2 * trained + evaluated + written] * 2
     found, wanted = losses(place / "runs" / f"again-{stage}"), losses(reference)
     assert all(abs(loss - wanted[step]) < 2e-6 for step, loss in found.items())
+
+
+def test_an_optimizer_that_takes_decay_for_a_gradient_begins_with_nothing(tmp_path: Path) -> None:
+    how = ("optim.name=adam", "optim.weight_decay=0.5")
+    one = go(tmp_path, "one", *how, steps=2, ranks=1)
+    assert_equal_runs(go(tmp_path, "zero", *how, *zero(3), steps=2), one)
 
 
 def test_without_deepspeed_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
