@@ -41,7 +41,7 @@ def run_in_small_groups(world: World, config: Config) -> int:
 def test_state_in_files_is_saved_loaded_and_left_alone_by_a_skipped_step(tmp_path: Path) -> None:
     nvme = (*zero(3), "engine.offload_optimizer=nvme", f"engine.nvme_path={tmp_path / 'disk'}")
     for name, steps, how, ranks in (("one", 4, (), 1), ("zero", 2, nvme, 2), ("zero", 4, nvme, 2)):
-        config = tiny_config(tmp_path, *COMMON, SIZES, f"name={name}", f"train.steps={steps}", *how)
+        config = tiny_config(tmp_path, *COMMON, SIZES, "optim.lr=0.001", f"name={name}", f"train.steps={steps}", *how)
         run = uneven_run if ranks == 1 else run_in_small_groups
         assert on_ranks(lambda world, run=run, config=config: run(world, config), ranks, tmp_path / "ranks") == [0] * ranks
     files = [path.name for path in (tmp_path / "disk" / "zero" / "zero_stage_3" / "optimizer" / "rank1").iterdir()]
