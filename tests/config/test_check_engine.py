@@ -16,6 +16,7 @@ from distllm.config.load import load
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 DEEPSPEED = "engine.name=deepspeed"
+STATE_ALONE = "DeepSpeed's pipeline shards optimizer state alone, and layout.pp=2; nearest: 1, or engine.name=native"
 
 
 def problems(*overrides: str) -> list[str]:
@@ -68,8 +69,8 @@ def test_what_it_cannot_do_is_refused_with_what_can(given: str, near: str) -> No
         ("layout.tp=2", None),
         ("engine.offload_optimizer=cpu", None),
         ("train.accumulation=1", None),
-        ("engine.zero_stage=2", "DeepSpeed's pipeline shards optimizer state alone, and layout.pp=2; nearest: 1, or engine.name=native"),
-        ("engine.zero_stage=3", "DeepSpeed's pipeline shards optimizer state alone, and layout.pp=2; nearest: 1, or engine.name=native"),
+        ("engine.zero_stage=2", STATE_ALONE),
+        ("engine.zero_stage=3", STATE_ALONE),
         ("layout.pp_schedule=zbv", "DeepSpeed's pipeline has one schedule; nearest: 1f1b, or engine.name=native"),
         ("layout.pp_virtual=2", "1f1b has one stage a rank; nearest: 1, or layout.pp_schedule=interleaved_1f1b"),
     ],
