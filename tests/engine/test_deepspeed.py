@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distllm.comm import World
+from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.engine.deepspeed_start import refuse_ignored
@@ -82,7 +83,15 @@ def run_counted(world: World, config: Config) -> int:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_blocks_are_recomputed_where_asked(stage: int, place: Path, reference: Path) -> None:
+def test_blocks_are_recomputed_where_asked(
+    stage: int, place: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def released(config: Config, *, ranks: int) -> dict[str, Any]:
+        json = deepspeed_json(config, ranks=ranks)
+        json["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or it keeps all of so small a model gathered
+        return json
+
+    monkeypatch.setattr("distllm.train.build_deepspeed.deepspeed_json", released)
     config = tiny_config(place, *COMMON, f"name=again-{stage}", "train.steps=2", "activation.mode=full", *zero(stage))
     trained, evaluated, written = 4, 8, 4  # micro-batches on each rank, and tokens of a sample
     counts = on_ranks(lambda world: run_counted(world, config), 2, place / "ranks")

@@ -99,7 +99,8 @@ def test_micro_batches_of_other_lengths(tmp_path: Path) -> None:
     for name, ranks, changes in (
         ("one", 1, {}), ("two", 2, {"engine": {"name": "deepspeed", "zero_stage": 1}, "layout": {"pp": 2}})
     ):  # fmt: skip
-        config = task_config("classification", tmp_path / name, optim={"lr": 0.01, "eps": 1e-4}, checkpoint={"every": 0}, **changes)
+        changes = {**changes, "optim": {"lr": 0.01, "eps": 1e-4}, "checkpoint": {"every": 0}}
+        config = task_config("classification", tmp_path / name, **changes)
         assert on_ranks(lambda world, config=config: run_tiny(world, config), ranks, tmp_path / "ranks") == [0] * ranks
         runs.append(tmp_path / name / "runs" / "small")
     for key in ("loss", "val_loss"):
