@@ -6,9 +6,11 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from distllm.comm import World
 from distllm.config.deepspeed_json import deepspeed_json
