@@ -157,7 +157,7 @@ def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
     """Compare what DeepSpeed says of itself with what it was told: it drops what it does not understand without a word."""
-    told = {
+    told: dict[str, Any] = {
         "train_batch_size": engine.train_batch_size(),
         "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
         "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
@@ -167,6 +167,11 @@ def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
         "fp16.enabled": engine.fp16_enabled(),
         "fp16.loss_scale": engine.loss_scale(),
     }
+    zero = json["zero_optimization"]
+    if "offload_optimizer" in zero:
+        told["zero_optimization.offload_optimizer.device"] = getattr(engine.zero_offload_optimizer(), "device", None)
+    if "offload_param" in zero:
+        told["zero_optimization.offload_param.device"] = getattr(engine.zero_offload_param(), "device", None)
     for key, value in told.items():
         wanted: Any = json
         for part in key.split("."):

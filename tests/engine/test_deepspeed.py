@@ -131,3 +131,9 @@ def test_what_deepspeed_does_not_do_as_told_is_an_error() -> None:
     says.gradient_clipping = lambda: 0.0
     with pytest.raises(ConfigError, match=r"DeepSpeed takes gradient_clipping=0.0, and was told 1.0"):
         refuse_ignored(says, json)
+    says.gradient_clipping = lambda: 1.0
+    json["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    for offload in (None, SimpleNamespace(device="none")):
+        says.zero_offload_optimizer = lambda offload=offload: offload
+        with pytest.raises(ConfigError, match=r"offload_optimizer.device=(None|none), and was told cpu"):
+            refuse_ignored(says, json)
