@@ -21,6 +21,7 @@ def engine_problems(config: Config) -> Iterator[str]:
         return
     yield from _sharding(config.engine)
     yield from _axes(config)
+    yield from _pipeline(config)
     yield from _precision(config)
     yield from _batch(config)
     yield from _native_only(config)
@@ -57,9 +58,9 @@ def _sharding(engine: EngineConfig) -> Iterator[str]:
 
 def _axes(config: Config) -> Iterator[str]:
     layout = config.layout
-    for axis in ("pp", "ep", "cp"):
+    for axis in ("ep", "cp"):
         if (size := getattr(layout, axis)) > 1:
-            yield f"layout.{axis}={size}: engine.name=deepspeed has data- and tensor-parallel ranks; nearest: 1, or {NATIVE}"
+            yield f"layout.{axis}={size}: engine.name=deepspeed has data-, tensor- and pipeline-parallel ranks; nearest: 1, or {NATIVE}"
     if layout.dp_replicate != 1:
         yield (
             f"layout.dp_replicate={layout.dp_replicate}: DeepSpeed shards over all data-parallel ranks; nearest: 1 with "
@@ -67,6 +68,17 @@ def _axes(config: Config) -> Iterator[str]:
         )
     if not layout.reshard_after_forward:
         yield f"layout.reshard_after_forward=false: DeepSpeed decides itself what stays gathered; nearest: true, or {NATIVE}"
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    layout, stage = config.layout, config.engine.zero_stage
+    if layout.pp == 1:
+        return
+    if stage in (2, 3):
+        rule = f"DeepSpeed's pipeline shards optimizer state alone, and layout.pp={layout.pp}"
+        yield f"engine.zero_stage={stage}: {rule}; nearest: 1, or {NATIVE}"
+    if layout.pp_schedule != "1f1b":
+        yield f"layout.pp_schedule={layout.pp_schedule}: DeepSpeed's pipeline has one schedule; nearest: 1f1b, or {NATIVE}"
 
 
 def _precision(config: Config) -> Iterator[str]:
@@ -90,7 +102,6 @@ def _native_only(config: Config) -> Iterator[str]:
     only = (
         ("train.ema", config.train.ema, 0.0, "keeps no moving average"),
         ("train.compile", config.train.compile, False, "is not compiled"),
-        ("activation.mode", config.activation.mode, "none", "recomputes nothing"),
         ("optim.l1", config.optim.l1, 0.0, "adds no penalty"),
         ("optim.l2", config.optim.l2, 0.0, "adds no penalty"),
         ("moe.balance", config.moe.balance, 0.0, "adds no losses of routers"),

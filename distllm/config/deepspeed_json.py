@@ -50,6 +50,8 @@ def _rendered(config: Config, resolved: Resolved) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam has to be compiled
         "steps_per_print": 10**9,
     }
+    if resolved.pp > 1:  # with tp it would cut hidden states between stages, which have whole ones
+        rendered["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return rendered
 
 

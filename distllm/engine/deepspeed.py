@@ -33,7 +33,8 @@ from distllm.engine.deepspeed_pieces import Pieces
 from distllm.engine.deepspeed_start import initialize
 from distllm.engine.local import LocalParameters
 from distllm.engine.scaler import LossScale
-from distllm.parallel.mesh import Mesh
+from distllm.engine.stages import owners_in_order, send_to_first
+from distllm.parallel.mesh import AXES, Mesh
 from distllm.parallel.tensor_plain import TensorPiece
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
@@ -63,6 +64,7 @@ class DeepSpeedEngine:
         cuts: Mapping[str, TensorPiece] | None = None,
         blocks: Sequence[nn.Module] = (),
         passes: Callable[..., Passes] = WholeModel,
+        copies: frozenset[str] = frozenset(),
     ) -> None:
         """Args:
         model: with its first weights in fp32, on the world's device.
@@ -79,6 +81,7 @@ class DeepSpeedEngine:
         cuts: where this rank's pieces of the parameters lie that tp has cut, by name; None: it has cut none.
         blocks: the model's, in order.
         passes: (DeepSpeed's engine, mesh, device=...) -> what takes micro-batches through the model.
+        copies: names of what another pipeline stage holds too and answers for.
 
         Raises:
             ConfigError: DeepSpeed does not do what it was told.
@@ -88,12 +91,14 @@ class DeepSpeedEngine:
         self.unused: tuple[str, ...] | None = ()  # DeepSpeed does not tell
         self.device, self._world = world.device, world
         self._objective, self._schedule = objective, schedule
-        self._mesh, self._loss_unit = mesh, loss_unit
+        self._model, self._mesh, self._copies, self._loss_unit = model, mesh, copies, loss_unit
         self._scale = LossScale(precision) if precision.compute == "fp16" else None
         own = optimizer(LocalParameters(model))
         self._engine = initialize(model, own, json=json, world=world, mesh=mesh, blocks=blocks)
         self._passes = passes(self._engine, mesh, device=world.device)
-        self._pieces = Pieces(self._engine, stage=json["zero_optimization"]["stage"], mesh=mesh, cuts=cuts or {})
+        self._pieces = Pieces(
+            self._engine, model, stage=json["zero_optimization"]["stage"], mesh=mesh, cuts=cuts or {}, copies=copies
+        )
         self._pieces.make_optimizer_state()
         self._loaded = False
         self.parts_are_shared = json["zero_optimization"]["stage"] == 3
@@ -112,7 +117,7 @@ class DeepSpeedEngine:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.loss_scale = count * scale / self._mesh.dp_size if count > 0 else 1.0
-        self._engine.step()
+        self._passes.step()
         norm = torch.as_tensor(torch.nan if optimizer.overflow else self._engine.get_global_grad_norm(), dtype=torch.float32)
         return StepOut(mean, norm.to(self.device), lr, self._count(mean, bad=bool(optimizer.overflow), samples=samples))
 
@@ -162,8 +167,10 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, Chunk]:
         """The checkpoint state of this rank, under the names of the native engine."""
         chunks = self._pieces.chunks()
+        first = self._mesh.first_of(*(axis for axis in AXES if axis != "pp"))
         for name, buffer in self._buffers():
-            chunks[f"model.{name}"] = Chunk(buffer, tuple(buffer.shape), (0,) * buffer.dim(), self._world.is_main)
+            write = first and name not in self._copies
+            chunks[f"model.{name}"] = Chunk(buffer, tuple(buffer.shape), (0,) * buffer.dim(), write)
         return chunks
 
     def facts(self) -> dict[str, Any]:
@@ -180,16 +187,20 @@ class DeepSpeedEngine:
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter and persistent buffer by name, whole, in fp32, on the CPU of rank 0, one at a time."""
-        empty = torch.empty(0)
-        for name in self._pieces.names:
-            whole = self._pieces.whole(name, device=self.device)
-            yield name, whole.cpu() if self._world.is_main else empty
-        for name, buffer in self._buffers():
-            yield name, buffer.detach().cpu() if self._world.is_main else empty
+        buffers = dict(self._buffers())
+        mine = [name for name in (*self._pieces.names, *buffers) if name not in self._copies]
+        group = self._mesh.group("pp")
+        for name, owner in owners_in_order(mine, group):
+            whole = None
+            if name in mine:
+                whole = buffers[name].detach() if name in buffers else self._pieces.whole(name, device=self.device)
+            if group is not None:
+                whole = send_to_first(whole, owner=owner, group=group, device=self.device)
+            yield name, whole.cpu() if self._world.is_main and whole is not None else torch.empty(0)
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The persistent buffers by name."""
-        for prefix, module in self._engine.module.named_modules():
+        for prefix, module in self._model.named_modules():
             for name, buffer in module.named_buffers(prefix, recurse=False):
                 if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                     yield name, buffer

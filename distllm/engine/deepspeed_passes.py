@@ -36,6 +36,10 @@ class Passes(Protocol):
         """
         ...
 
+    def step(self) -> None:
+        """The update that follows `train`, by DeepSpeed's optimizer and its present loss scale."""
+        ...
+
     def evaluate(self, batch: Batch, objective: Objective) -> LossTerms:
         """The loss terms of one micro-batch of this rank, in eval mode; called without gradients."""
         ...
@@ -72,6 +76,10 @@ class WholeModel:
                 loss = loss * torch.where(torch.isfinite(total[0] / total[1]), 1.0, torch.nan)
             self._engine.backward(loss, scale_wrt_gas=False)
         return total
+
+    def step(self) -> None:
+        """See `Passes`."""
+        self._engine.step()
 
     def evaluate(self, batch: Batch, objective: Objective) -> LossTerms:
         """See `Passes`."""

@@ -39,18 +39,30 @@ class Piece:
 class Pieces:
     """The fp32 weights and the optimizer state as ZeRO has cut them, by the names of parameters."""
 
-    def __init__(self, engine: Any, *, stage: int, mesh: Mesh, cuts: Mapping[str, TensorPiece]) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        model: nn.Module,
+        *,
+        stage: int,
+        mesh: Mesh,
+        cuts: Mapping[str, TensorPiece],
+        copies: frozenset[str] = frozenset(),
+    ) -> None:
         """Args:
         engine: DeepSpeed's.
+        model: what it trains, under its own names.
         stage: of ZeRO.
         mesh: the ranks by axis.
         cuts: where this rank's pieces of the parameters lie that tp has cut, by name.
+        copies: names of parameters that another pipeline stage holds too and writes.
         """
-        self._zero, self._stage, self._mesh, self._cuts = engine.optimizer, stage, mesh, cuts
+        self._zero, self._stage, self._mesh = engine.optimizer, stage, mesh
+        self._cuts, self._copies = cuts, copies
         self._pieces: dict[str, Piece] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         find = self._cut_parameter if stage == 3 else self._whole_parameter
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in model.named_parameters():
             assert parameter.requires_grad, f"{name} is frozen, which check_engine refuses"
             self._shapes[name] = tuple(parameter.ds_shape if stage == 3 else parameter.shape)
             self._pieces[name] = find(parameter)
@@ -141,7 +153,7 @@ class Pieces:
                 if value.shape == piece.flat.shape:
                     chunks |= self._flat_chunks(at, value, name)
                 else:  # a step count, the same on all ranks
-                    first = self._mesh.dp_rank == 0 and self._mesh.first_of("tp")
+                    first = self._mesh.dp_rank == 0 and self._mesh.first_of("tp") and name not in self._copies
                     chunks[at] = Chunk(value, tuple(value.shape), (0,) * value.dim(), first)
         return chunks
 
@@ -149,4 +161,5 @@ class Pieces:
         """The chunks of one parameter, from its flat piece or from optimizer state as long as it."""
         piece, cut = self._pieces[name], self._cuts.get(name)
         first = cut is not None or self._mesh.first_of("tp")  # what tp has not cut, all its ranks hold
+        first = first and name not in self._copies
         return flat_chunks(key, piece.of(flat), shape=self._shapes[name], start=piece.start, piece=cut, write=first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -64,7 +66,7 @@ def initialize(
     """`deepspeed.initialize`, quiet, without compiling anything, and with all that it was told in force.
 
     Args:
-        model: on the world's device.
+        model: what this rank trains, on the world's device; with pipeline ranks its stage.
         optimizer: of its parameters.
         json: DeepSpeed's configuration.
         world: this rank's facts.
@@ -96,8 +98,12 @@ def initialize(
         for block in blocks:
             block.register_forward_pre_hook(refuse_unseen_inputs, with_kwargs=True)
             deepspeed.utils.set_z3_leaf_module(block, True)
-    unit = ModelParallelUnit(mesh) if mesh.sizes["tp"] > 1 else None
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(json), mpu=unit)
+    whole, unit = model, None
+    if mesh.sizes["pp"] > 1:
+        whole = _as_pipeline(model, mesh)
+    elif mesh.sizes["tp"] > 1:
+        unit = ModelParallelUnit(mesh)
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=dict(json), mpu=unit)
     for module, name, buffer in buffers:  # bf16 rounds them too, and rotary frequencies do not bear it
         module._buffers[name] = buffer.to(world.device)
     refuse_ignored(engine, json)
@@ -116,6 +122,22 @@ def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[s
                 "argument, for DeepSpeed sees no gradient of others; nearest: 2, or engine.name=native"
             ]
         )
+
+
+def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
+    """DeepSpeed's pipeline of as many layers as stages: where to cut, and what is tied, we have decided already.
+
+    Its order of ranks, pipe before data before model, is that of our mesh, where its model parallelism is our tp.
+    """
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    pp, own = mesh.sizes["pp"], mesh.coordinates()["pp"]
+    layers = [stage if index == own else LayerSpec(nn.Identity) for index in range(pp)]  # others' are never built
+    topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=mesh.sizes["tp"], num_dp=mesh.dp_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of layers
+        module: nn.Module = PipelineModule(layers, topology=topology, partition_method="uniform")
+    return module
 
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:

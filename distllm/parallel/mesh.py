@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -94,6 +94,10 @@ class Mesh:
             return shards
         assert self.devices is not None
         return DeviceMesh._concatenate([self.devices["dp_replicate"], shards])
+
+    def unsharded(self) -> Mesh:
+        """The same ranks where FSDP has nothing to do: for an engine that shards the weights itself."""
+        return replace(self, shards=None, expert_shards=None)
 
     def submesh(self, *axes: str) -> DeviceMesh | None:
         """The device mesh of those of `axes` that have more than one rank; None if none has."""

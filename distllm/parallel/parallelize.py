@@ -53,6 +53,8 @@ class Layout:
     """Micro-batches of a step, which a pipeline's schedule from a file is read for."""
     seq_len: int = 1
     """S, which decides what attention costs where a pipeline is balanced."""
+    rounded_weights: bool = False
+    """Whether the engine rounds the weights to the compute dtype itself, and hidden states with them."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def _cut_stages(model: nn.Module, mesh: Mesh, *, spec: ModelSpec, layout: Layout
 def _pipeline(cut: Cut, mesh: Mesh, *, spec: ModelSpec, layout: Layout, device: torch.device) -> Pipeline:
     # Autocast leaves the residual stream in fp32; FSDP's casts make it the compute dtype.
     low = layout.compute_dtype not in (torch.float32, torch.float64)
-    travels = torch.float32 if low and mesh.shards is None else layout.compute_dtype
+    autocast = low and mesh.shards is None and not layout.rounded_weights
+    travels = torch.float32 if autocast else layout.compute_dtype
     facts = Facts(
         layout.axes.pp_schedule, cut.owners, cut.chain.width, travels, csv=layout.axes.pp_csv, tied=cut.chain.tied,
         pad_id=spec.pad_id or 0,

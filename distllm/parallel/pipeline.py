@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Pipeline:
         self._made_for: tuple[int, ...] | None = None
         self._torch_stages: list[PipelineStage] = []
         self._schedule: Any = None
-        self._part_names: tuple[str, ...] | None = None
+        self._part_shapes: dict[str, tuple[int, ...]] | None = None
         for stage in stages:
             stage.slot.dtype = facts.dtype
             if context is not None:
@@ -132,8 +133,8 @@ class Pipeline:
             return scaled
 
         self._run_schedule(batches, loss)
-        self._sum_tied_gradients()
-        return self._from_last(total)
+        self.sum_tied_gradients()
+        return self.from_last(total)
 
     @torch.no_grad()
     def evaluate(
@@ -146,7 +147,7 @@ class Pipeline:
             terms: (outputs, batch) -> LossTerms; called on the last stage.
 
         Returns:
-            sum, count and parts, each fp64, the same on every pp rank.
+            sum, count and parts (of any shape), each fp64, the same on every pp rank.
         """
         found: list[Any] = []
 
@@ -155,16 +156,19 @@ class Pipeline:
             return torch.empty(0)
 
         self._forward(batch, keep)
-        if self._part_names is None:
-            names = [tuple(found[0].parts) if found else ()]
-            dist.broadcast_object_list(names, group_src=self.facts.owners[-1], group=self.group, device=torch.device("cpu"))
-            self._part_names = names[0]
-        values = torch.zeros(2 + len(self._part_names), dtype=torch.float64, device=self.device)
+        shapes = {name: tuple(part.shape) for name, part in found[0].parts.items()} if found else {}
+        if self._part_shapes is None:
+            told = [shapes]
+            dist.broadcast_object_list(told, group_src=self.facts.owners[-1], group=self.group, device=torch.device("cpu"))
+            self._part_shapes = told[0]
+        sizes = [prod(shape) for shape in self._part_shapes.values()]
+        values = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=self.device)
         if found:
-            assert tuple(found[0].parts) == self._part_names, "an objective names the same parts for every batch"
-            values = torch.stack([v.double() for v in (found[0].sum, found[0].count, *found[0].parts.values())])
-        total, count, *parts = self._from_last(values).unbind()
-        return total, count, dict(zip(self._part_names, parts, strict=True))
+            assert shapes == self._part_shapes, "an objective makes the same parts of every batch"
+            values = torch.cat([v.double().reshape(-1) for v in (found[0].sum, found[0].count, *found[0].parts.values())])
+        total, count, *parts = self.from_last(values).split([1, 1, *sizes])
+        named = zip(self._part_shapes.items(), parts, strict=True)
+        return total.squeeze(0), count.squeeze(0), {name: part.view(shape) for (name, shape), part in named}
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -184,9 +188,9 @@ class Pipeline:
         if found:
             shape = found[0].shape
             head[: 2 + len(shape)] = torch.tensor([DTYPES.index(found[0].dtype), len(shape), *shape])
-        kind, dims, *sizes = self._from_last(head).tolist()
+        kind, dims, *sizes = self.from_last(head).tolist()
         value = found[0] if found else torch.empty(sizes[:dims], dtype=DTYPES[kind], device=self.device)
-        return self._from_last(value)
+        return self.from_last(value)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -205,7 +209,7 @@ class Pipeline:
         # The last stage would keep all its outputs; torch 2.11 has no such option.
         options = {"return_outputs": False} if "return_outputs" in inspect.signature(run).parameters else {}
         count = len(batches)
-        run([(self._nothing(),)] * count, [{}] * count, list(range(count)), None, **options)
+        run([(self.nothing(),)] * count, [{}] * count, list(range(count)), None, **options)
 
     def _make_schedule(self, count: int, shape: torch.Size) -> None:
         """Make torch's stages and schedule for `count` micro-batches of [B, S]; buffers have one shape for good."""
@@ -221,7 +225,7 @@ class Pipeline:
             PipelineStage(
                 submodule=stage.module, stage_index=stage.index, num_stages=last + 1, device=self.device, group=self.group,
                 # With both given, torch neither runs the stage once more nor sends pickled shapes.
-                input_args=(self._nothing().to("meta") if stage.index == 0 else hidden,),
+                input_args=(self.nothing().to("meta") if stage.index == 0 else hidden,),
                 output_args=(loss if stage.index == last else hidden,),
             )
             for stage in self.stages
@@ -244,7 +248,7 @@ class Pipeline:
         self.share_tied_weights()
         facts, mine = self.facts, {stage.index: stage for stage in self.stages}
         rows, columns = batch.inputs["input_ids"].shape
-        hidden = self._nothing()
+        hidden = self.nothing()
         for index, owner in enumerate(facts.owners):
             if owner != self.rank:
                 continue
@@ -261,14 +265,14 @@ class Pipeline:
             if index + 1 < len(facts.owners) and facts.owners[index + 1] != self.rank:
                 dist.send(hidden, group_dst=facts.owners[index + 1], group=self.group)
 
-    def _nothing(self) -> torch.Tensor:
+    def nothing(self) -> torch.Tensor:
         """What the first stage is handed in place of hidden states; its dtype is what its stand-ins make zeros of."""
         return torch.zeros(1, dtype=self.facts.dtype, device=self.device)
 
     def _loss_dtype(self) -> torch.dtype:
         return torch.float64 if self.facts.dtype == torch.float64 else torch.float32
 
-    def _from_last(self, value: torch.Tensor) -> torch.Tensor:
+    def from_last(self, value: torch.Tensor) -> torch.Tensor:
         """Give every pp rank the last stage's `value`, in place."""
         dist.broadcast(value, group_src=self.facts.owners[-1], group=self.group)
         return value
@@ -290,7 +294,7 @@ class Pipeline:
                 mine, copy = (_local(stage.module.get_parameter(name)) for stage in ends)
                 copy.copy_(mine)
 
-    def _sum_tied_gradients(self) -> None:
+    def sum_tied_gradients(self) -> None:
         """Add the gradients of tied parameters over the first and the last stage; both get the sum."""
         first, last = self.facts.owners[0], self.facts.owners[-1]
         if not self.facts.tied or self.rank not in (first, last):

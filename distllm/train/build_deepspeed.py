@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 from distllm.comm import World
@@ -10,13 +11,13 @@ from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.engine.deepspeed import DeepSpeedEngine, Tensors
+from distllm.engine.deepspeed_passes import WholeModel
+from distllm.engine.deepspeed_pipeline import PipelinePasses
+from distllm.engine.native import DTYPES
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.parallel.mesh import Mesh
-from distllm.parallel.packing import packings
-from distllm.parallel.parallelize import fill, find_blocks
-from distllm.parallel.tensor import apply_tp
-from distllm.parallel.tensor_check import can_cut_sequence
+from distllm.parallel.parallelize import Layout, find_blocks, parallelize
 from distllm.parallel.tensor_plain import make_plain
 from distllm.train.optim import make_optimizer
 from distllm.train.schedule import make_schedule
@@ -43,7 +44,7 @@ def build_deepspeed(
 ) -> DeepSpeedEngine:
     """The model and the DeepSpeed engine that trains it.
 
-    Each rank holds the whole model, or its tp part of it, in fp32 for a moment, also at stage 3.
+    Each rank holds the whole model, or its tp part of its stage, in fp32 for a moment, also at stage 3.
 
     Args:
         config: what decides how it learns; `check_engine` has passed it.
@@ -53,17 +54,20 @@ def build_deepspeed(
         task: what it learns.
         tensors: a call gives the first weights by name, whole.
     """
-    model = meta_model(spec)
+    model, json = meta_model(spec), deepspeed_json(config, ranks=world.size)
+    # By names of the whole model, before a pipeline cuts it.
     scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
     blocks = find_blocks(model, spec=spec)
-    sequence = config.layout.sequence_parallel and can_cut_sequence(model, spec=spec)
-    apply_tp(model, mesh, spec=spec, sequence_parallel=sequence, loss_parallel=config.layout.loss_parallel)
-    packed = packings(model)
-    fill(model, tensors(), device=world.device, packed=packed)
-    cuts = make_plain(model, packed=packed)
+    layout = Layout(
+        DTYPES[config.precision.compute], activation=config.activation, axes=config.layout,
+        microbatches=json["gradient_accumulation_steps"], seq_len=config.data.seq_len, rounded_weights=True,
+    )  # fmt: skip
+    parallel = parallelize(model, mesh.unsharded(), spec=spec, tensors=tensors(), device=world.device, layout=layout)
     return DeepSpeedEngine(
-        model, json=deepspeed_json(config, ranks=world.size), tensors=tensors, objective=task.objective,
-        optimizer=optimizer, schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps),
-        precision=config.precision, world=world, mesh=mesh, loss_unit=loss_unit(config), cuts=cuts, blocks=blocks,
+        parallel.model, json=json, tensors=tensors, objective=task.objective, optimizer=optimizer,
+        schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), precision=config.precision,
+        world=world, mesh=mesh, loss_unit=loss_unit(config),
+        cuts=make_plain(parallel.model, packed=parallel.packings), blocks=blocks, copies=parallel.copies,
+        passes=WholeModel if parallel.pipeline is None else partial(PipelinePasses, parallel=parallel),
     )  # fmt: skip

@@ -329,7 +329,7 @@ def _lost_expert(world: World) -> AbstractContextManager[None]:
 
 
 def _ties_apart(world: World) -> AbstractContextManager[None]:
-    return swapped(Pipeline, "_sum_tied_gradients", lambda pipeline: None)
+    return swapped(Pipeline, "sum_tied_gradients", lambda pipeline: None)
 
 
 DDP, FSDP, HSDP = {"dp_replicate": 2}, {"dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}

@@ -70,7 +70,7 @@ def uneven(outputs: Any, batch: Any) -> LossTerms:
         labels[row, number % 7 * 4 :] = IGNORE  # nothing is left of every seventh
     terms = causal_lm(outputs, replace(batch, targets={**batch.targets, "labels": labels}))
     bad = 17 in batch.sample_ids and torch.is_grad_enabled()
-    return replace(terms, sum=terms.sum * float("inf")) if bad else terms
+    return replace(terms, sum=terms.sum + float("inf")) if bad else terms  # its gradient is finite
 
 
 def uneven_run(world: World, config: Config) -> int:
@@ -91,6 +91,25 @@ def test_uneven_batches_are_divided_once_and_a_bad_one_is_skipped_by_all(
     assert metrics(folders[1])[-2]["skipped"] == 1
     assert "step 3 skipped: the loss is not finite; samples 16 to 23" in (folders[1] / "logs" / "rank-0.log").read_text()
     assert_equal_runs(folders[1], folders[0])
+
+
+def run_counted(world: World, config: Config) -> int:
+    """How often the second block's forward pass runs in a run."""
+    run, calls = build(config, world), []
+    block = run.engine._model.get_submodule("model.layers.1.mlp")  # type: ignore[attr-defined]
+    block.register_forward_hook(lambda *_: calls.append(1))
+    assert train(run) == 0
+    return len(calls)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_blocks_are_recomputed_where_asked(stage: int, place: Path, reference: Path) -> None:
+    config = tiny_config(place, *COMMON, f"name=again-{stage}", "train.steps=2", "activation.mode=full", *zero(stage))
+    evaluated = 8  # micro-batches of the whole validation set, on each rank
+    counts = on_ranks(lambda world: run_counted(world, config), 2, place / "ranks")
+    print(counts)
+    found, wanted = losses(place / "runs" / f"again-{stage}"), losses(reference)
+    assert all(abs(loss - wanted[step]) < 2e-6 for step, loss in found.items())
 
 
 def test_without_deepspeed_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,19 +50,19 @@ def reference(place: Path) -> dict[int, float]:
     return losses(go(place, "one", steps=3, ranks=1))
 
 
-@pytest.mark.parametrize("how", [zero(1), zero(2, *OFFLOAD), zero(3), zero(2, "layout.tp=2")])
+@pytest.mark.parametrize("how", [zero(1), zero(2, *OFFLOAD), zero(3), zero(2, "layout.tp=2"), zero(1, "layout.pp=2")])
 def test_fp16_is_near_fp32(how: tuple[str, ...], place: Path, reference: dict[int, float]) -> None:
     run = go_fp16(place, "near" + "".join(how)[-12:].replace("=", "-"), *how, "precision.initial_loss_scale=1024", steps=3)
     np.testing.assert_allclose(list(losses(run).values()), list(reference.values()), rtol=0, atol=2e-3)
     assert metrics(run)[-2]["skipped"] == 0
 
 
-@pytest.mark.parametrize("how", [zero(2, *OFFLOAD), zero(3)])
+@pytest.mark.parametrize("how", [zero(2, *OFFLOAD), zero(3), zero(1, "layout.pp=2")])
 def test_an_overflow_skips_the_step_and_halves_the_scale_which_a_checkpoint_keeps(how: tuple[str, ...], place: Path) -> None:
     how = (*how, f"precision.initial_loss_scale={2**24}", "precision.loss_scale_window=2")
-    unbroken = go_fp16(place, f"unbroken-{len(how)}", *how, steps=4)
-    go_fp16(place, f"broken-{len(how)}", *how, steps=2)
-    broken = go_fp16(place, f"broken-{len(how)}", *how, steps=4)
+    unbroken = go_fp16(place, f"unbroken-{how[1][-1]}", *how, steps=4)
+    go_fp16(place, f"broken-{how[1][-1]}", *how, steps=2)
+    broken = go_fp16(place, f"broken-{how[1][-1]}", *how, steps=4)
     assert losses(broken) == losses(unbroken)
     ours, expected = state(broken), state(unbroken)
     assert all(np.array_equal(ours[name], value) for name, value in expected.items())

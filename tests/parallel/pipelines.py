@@ -107,7 +107,8 @@ def terms(outputs: Any, batch: Batch) -> LossTerms:
     logits, labels = getattr(outputs, "logits", outputs).flatten(0, 1), batch.targets["labels"].flatten()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return LossTerms(total, (labels != IGNORE).sum(), {"correct": (logits.argmax(-1) == labels).sum()})
+    correct, count = (logits.argmax(-1) == labels).sum(), (labels != IGNORE).sum()
+    return LossTerms(total, count, {"correct": correct, "table": torch.stack([correct, count, count - correct]).view(3, 1)})
 
 
 def one_process(case: Case) -> torch.nn.Module:

@@ -51,7 +51,7 @@ def check(case: Case, schedules: tuple[str, ...], folder: Path, *, tolerance: fl
             cut.model.train()
             second = pipeline.train(others[: len(others) // (case.replicate * case.shard)], terms).numpy()
             third = pipeline.train(batches, terms, scale=0.5).numpy()
-            answers.append((first, grads, (float(found), float(count), float(parts["correct"])), text, second, third))
+            answers.append((first, grads, (float(found), float(count), float(parts["correct"]), parts["table"].numpy()), text, second, third))
             cut.model.zero_grad()
         return answers
 
@@ -64,7 +64,8 @@ def check(case: Case, schedules: tuple[str, ...], folder: Path, *, tolerance: fl
         assert error < tolerance, (schedule, name, error)
         for first, _, evaluated, text, second, third in here:
             whole = (float(loss.sum), float(loss.count), float(loss.parts["correct"]))
-            np.testing.assert_allclose(evaluated, whole, rtol=tolerance)
+            np.testing.assert_allclose(evaluated[:3], whole, rtol=tolerance)
+            np.testing.assert_array_equal(evaluated[3], loss.parts["table"].numpy())
             np.testing.assert_allclose(text, logits, rtol=0, atol=tolerance * np.abs(logits).max())
             np.testing.assert_array_equal(first, third)
             if other_total is not None:
