@@ -217,6 +217,7 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if "deepspeed" in options.engines:
         require_deepspeed()
+        deepspeed_trial.load_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     verification = Verification(config, open_data(config, folder), options)
     tasks = list(_tasks(verification))

@@ -46,6 +46,11 @@ NOT_EXPOSED = {
 MODEL = "model."
 
 
+def load_compiler() -> None:
+    """Load what DeepSpeed makes torch load at its start, though nothing is compiled: once here, not in every rank (2 s)."""
+    import torch._inductor.compile_fx  # noqa: F401
+
+
 def run_rank(case: Case, world: World, reference: Trace, *, planted: Planted | None = None) -> RankReport:
     """Train as one rank under DeepSpeed, and compare every piece it holds with the reference.
 

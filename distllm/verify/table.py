@@ -117,13 +117,14 @@ def _of_engine(equal: Sequence[Row]) -> Iterator[str]:
         return
     bounds = first.verdict.bounds
     told = [f"{name} {getattr(bounds, name):.0e}" for name in QUANTITIES if getattr(bounds, name)]
-    yield f"  tolerances: {', '.join(told)}, start to the bit" + (
-        f"; gradient and norm of the first {bounds.steps} steps" if bounds.steps else ""
-    )
+    first_step = "; gradient and norm at the first step" if bounds.steps == 1 else ""
+    yield f"  tolerances: {', '.join(told)}, start to the bit{first_step}"
     yield from (f"  not exposed: {name}: {why}" for name, why in first.not_exposed.items())
 
 
 def _of_traffic(equal: Sequence[Row]) -> str:
+    if equal[0].engine != NATIVE:
+        return "collectives are DeepSpeed's own and not judged"
     unsaid = sum(1 for row in equal if row.unpredictable)
     if not unsaid:
         return "and every collective is the one that the formula says"
@@ -143,9 +144,9 @@ def _of_kind(rows: Sequence[Row], kind: str) -> list[str]:
         worst = max(row.verdict.errors[name] for row in equal if row.verdict is not None for name in judged)
         digits = f"{-math.log10(worst):.0f} digits" if worst > 0 else "every digit"
         what = ", ".join(plural for name, plural in PLURALS.items() if name in judged)
-        of = "" if equal[0].engine == NATIVE else " of the native engine"
+        things, of = ("layouts", "") if equal[0].engine == NATIVE else ("layouts and stages", " of the native engine")
         lines += [
-            f"{len(equal)} of {len(real)} layouts compute what one process{of} computes ({kind}):",
+            f"{len(equal)} of {len(real)} {things} compute what one process{of} computes ({kind}):",
             f"{what} agree to {digits}, samples come in the same order,",
             _of_traffic(equal),
             *_of_engine(equal),
