@@ -22,6 +22,7 @@ from distllm.config.check import resolve_layout
 from distllm.config.errors import EXIT_MEMORY, DistllmError
 from distllm.data.loader import Step, step_batches
 from distllm.engine.base import Engine
+from distllm.engine.deepspeed_start import load
 from distllm.engine.native import DTYPES
 from distllm.faults import describe, one_line
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
@@ -101,6 +102,8 @@ def _trained(case: Case, world: World, *, steps: int, warmup: int) -> RankFigure
     """All figures but the rate of matrix products, which would leave its mark on the memory of a small model."""
     config, device = case.config, world.device
     torch._inductor.config.compile_threads = 1  # this process is forked and may have no pool
+    if config.engine.name == "deepspeed":
+        load(world)  # its code is no memory of the model's
     base = resident()
     resolved = resolve_layout(config, world.size)
     refuse_too_large(config, case.spec, world, shards=resolved.shards)

@@ -85,8 +85,7 @@ def _built(case: Case, world: World) -> tuple[DeepSpeedEngine, Mesh]:
     mesh = build_mesh(world, sizes=resolve_layout(case.config, world.size).sizes())
     tensors = partial(first_tensors, case.plain, case.spec, seed=case.config.seed)
     engine = build_deepspeed(case.config, world, mesh=mesh, spec=case.spec, task=case.task, tensors=tensors)
-    with engine.inference() as model:
-        without_dropout(model)
+    without_dropout(engine._model)
     return engine, mesh
 
 
