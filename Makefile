@@ -27,7 +27,7 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m deepspeed tests/engine
+	$(BIN)/python -m pytest -m deepspeed tests/engine tests/verify tests/bench tests/train
 
 lint: setup
 	$(BIN)/ruff check .

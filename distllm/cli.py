@@ -164,6 +164,7 @@ def verify(
     overrides: Overrides = None,
     ranks: Annotated[str, typer.Option(help="Try every layout on these numbers of ranks.")] = "1,2,4,8",
     layouts: Annotated[str | None, typer.Option(help='Try these instead: "tp=2,pp=2;dp_shard=4".')] = None,
+    engines: Annotated[str | None, typer.Option(help="native, deepspeed, or both with commas; else native and CONFIG's.")] = None,
     precision: Annotated[str, typer.Option(help="fp64, fp32, bf16, or several with commas.")] = "fp64",
     steps: Annotated[int, typer.Option(min=2, help="Steps of each layout.")] = 3,
     planted_faults: Annotated[bool, typer.Option("--planted-faults", help="Plant known bugs; each must be caught.")] = False,
@@ -172,15 +173,16 @@ def verify(
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one layout.")] = 300.0,
     trust: Annotated[bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")] = False,
 ) -> int:
-    """Prove on a small model of the same kind that every layout computes what one process computes."""
+    """Prove on a small model of the same kind that every layout and engine computes what one process computes."""
     from distllm.verify.asked import options_of
 
     loaded = _checked(config, overrides)
     if config.is_dir() and not trust:
         _refuse_own_code(loaded, config)
     options = options_of(
-        ranks=ranks, layouts=layouts, precision=precision, steps=steps, faults=planted_faults, device=device, timeout_s=timeout
-    )
+        ranks=ranks, layouts=layouts, precision=precision, steps=steps, faults=planted_faults, device=device, timeout_s=timeout,
+        engines=f"native,{loaded.config.engine.name}" if engines is None else engines,
+    )  # fmt: skip
     from distllm.verify.command import verify as run_verify
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-verify"

@@ -1,0 +1,54 @@
+"""Engines as an axis of the grid: DeepSpeed's cells beside native ones, and a row for what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distllm.bench import measure as measuring
+from distllm.bench.rows import MEASURED, REFUSED
+from distllm.cli import run
+from tests.runs import tiny_config
+from tests.with_deepspeed import INSTALLED, imported
+
+pytestmark = pytest.mark.deepspeed
+if not INSTALLED:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed() -> Iterator[None]:
+    with imported():
+        yield
+
+
+def test_a_grid_over_engines_batches_precisions_and_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = measuring.matrix_rate
+    monkeypatch.setattr(measuring, "matrix_rate", lambda device, dtype, world: real(device, dtype, world, size=64))
+    tiny_config(tmp_path)
+    grids = (
+        "engine.name=native,deepspeed train.micro_batch=2,4 ranks=1,2",
+        "engine.name=deepspeed engine.zero_stage=3 precision.compute=bf16,fp64 train.compile=false,true ranks=2",
+    )
+    short = ["--steps", "2", "--warmup", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert run(["bench", str(tmp_path / "tiny.yaml"), *short, *(word for grid in grids for word in ("--grid", grid))]) == 0
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())["cells"]
+    first, second = found[:8], found[8:]
+    assert [cell["status"] for cell in first] == [MEASURED] * 8, [cell["why"] for cell in first]
+    for native, zero in zip(first[:4], first[4:], strict=True):
+        assert (native["engine"], native["zero_stage"], zero["engine"], zero["zero_stage"]) == ("native", None, "deepspeed", 2)
+        assert zero["figures"]["loss"] == pytest.approx(native["figures"]["loss"], rel=0, abs=2e-6)  # the same work was timed
+        assert zero["figures"]["tokens_per_s"] > 0 and len(zero["figures"]["step_s"]) == 2
+    one, two = (cell["figures"]["sent"] for cell in (first[6], first[7]))  # micro-batches of 4 samples
+    numbers = 257 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+    assert one == 0 and 4 * numbers < two < 2 * 4 * numbers  # gradients are added and weights are gathered
+    assert first[7]["scaling"]["base"] in (4, 6)  # its own engine's cell
+    assert [cell["status"] for cell in second] == [MEASURED, REFUSED, REFUSED, REFUSED]
+    assert "train.compile=true: engine.name=deepspeed is not compiled" in second[1]["why"]
+    assert "precision.compute=fp64: DeepSpeed keeps its weights in fp32" in second[2]["why"]
+    assert "9 measured, 3 refused" in capsys.readouterr().out
