@@ -227,7 +227,12 @@ def bench(
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-bench"
     command = shlex.join(["distllm", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else f"distllm bench {config}"
     room = Room(gpus, cores(), rank_facts() if _world_size() is not None else None)
-    return run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
+    code = run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
+    if room.job is not None:
+        from distllm.launched import report_end
+
+        report_end(code=code, lines=[])
+    return code
 
 
 @app.command("eval", epilog=_EPILOG)

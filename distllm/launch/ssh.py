@@ -95,6 +95,8 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
                 node.hang_up()
             for node in nodes:
                 _end(node, patience_s=patience_s)
+    if request.stop.is_set() and not job.resumes:
+        return 130
     code, lines = outcome(read_reports(shared), code=code, size=job.size)
     for line in lines:
         print(f"distllm: {line}", file=sys.stderr, flush=True)
