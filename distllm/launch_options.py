@@ -82,7 +82,8 @@ def _values_of_train(words: list[str]) -> list[str]:
     """The `key=value` words; a training has no options here."""
     option = next((word for word in words if word.startswith("-")), None)
     if option is not None:
-        raise ConfigError([f"{told(option)}: is no key=value, and only --command bench takes options behind --; nearest: leave it out"])
+        rule = "is no key=value, and only --command bench takes options behind --"
+        raise ConfigError([f"{told(option)}: {rule}; nearest: leave it out"])
     return words
 
 

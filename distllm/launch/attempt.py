@@ -122,7 +122,8 @@ def _end(given: argparse.Namespace) -> int:
 
 def _wrong_nodes(given: argparse.Namespace, nodes: list[str]) -> int:
     """Do not start on other nodes than the ranks were counted for; a job that lost one may come back without it."""
-    why = f"SLURM gave {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes[:8])}) where {given.nodes} were asked for"
+    count = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes[:8])})"
+    why = f"SLURM gave {count} where {given.nodes} were asked for"
     if given.once:
         _say(f"{why}; nearest: submit it again")
         return EXIT_LOST

@@ -130,6 +130,7 @@ def _job(config: Path, overrides: list[str], asked: Asked, *, words: tuple[str, 
     hosts, slots = _hosts(asked)
     nodes = asked.nodes or len(hosts) or 1
     trains = asked.command == "train"
+    name = loaded.config.name + ("" if trains else f"-{asked.command}")
     runs = grid(list(asked.sweep))
     if runs and asked.on != "slurm":
         raise ConfigError(
@@ -137,11 +138,12 @@ def _job(config: Path, overrides: list[str], asked: Asked, *, words: tuple[str, 
         )
     ranks = _ranks(loaded.config, asked, nodes=nodes, slots=slots)
     job = Job(
-        loaded.config.name + ("" if trains else f"-{asked.command}"), loaded.config.out, words, asked.on, asked.by, nodes=nodes, ranks=ranks,
+        name, loaded.config.out, words, asked.on, asked.by, nodes=nodes, ranks=ranks,
         device=_device(loaded.config, asked.on), python=asked.python, threads=max(1, cores() // ranks), hosts=hosts,
         address=asked.address, port=asked.port, interface=asked.interface,
         forward=() if asked.on == "local" else forwarded(os.environ, [n for n in asked.forward if VARIABLE.fullmatch(n)]),
-        folder=os.getcwd() if asked.on == "ssh" else "", preflight=asked.preflight and trains, slurm=replace(asked.slurm, sweep=runs),
+        folder=os.getcwd() if asked.on == "ssh" else "", preflight=asked.preflight and trains,
+        slurm=replace(asked.slurm, sweep=runs),
     )  # fmt: skip
     wrong = [n for n in asked.forward if not VARIABLE.fullmatch(n)]
     found = problems(replace(job, forward=(*job.forward, *wrong)))

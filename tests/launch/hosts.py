@@ -94,7 +94,8 @@ def hosts(folder: Path) -> Iterator[Hosts]:
         found = Hosts(folder, {name: holder.pid for name, holder in holders.items()})
         _wire(found, {name: holder.pid for name, holder in holders.items()})
         for name in ("node1", "node2"):
-            daemons.append(_held(*found.on(name, "/usr/sbin/sshd", "-D", "-f", f"{folder}/sshd_config"), log=folder / f"{name}.log"))
+            sshd = found.on(name, "/usr/sbin/sshd", "-D", "-f", f"{folder}/sshd_config")
+            daemons.append(_held(*sshd, log=folder / f"{name}.log"))
             _until(lambda name=name: _answers(found, name))
         yield found
         for pid in [pid for name in NAMES for pid in found.processes(name)]:  # what a test that failed has left
@@ -126,8 +127,8 @@ def _files(folder: Path) -> None:
 
 def _wire(found: Hosts, holders: dict[str, int]) -> None:
     """A bridge on the launcher's side, a cable from there to each node; names and addresses."""
-    launcher = f"set -e; ip link set lo up; ip link add switch type bridge; ip addr add {NAMES['launcher']}/24 dev switch; ip link set switch up"
-    found.run("launcher", "sh", "-c", launcher)
+    switch = f"ip link add switch type bridge; ip addr add {NAMES['launcher']}/24 dev switch; ip link set switch up"
+    found.run("launcher", "sh", "-c", f"set -e; ip link set lo up; {switch}")
     for name in ("node1", "node2"):
         cable = (
             f"ip link add {name} type veth peer name eth0 netns {holders[name]}; "

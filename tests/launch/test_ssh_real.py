@@ -35,10 +35,11 @@ def lan() -> Iterator[Hosts]:
 def launched(lan: Hosts, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`distllm launch --on ssh` from the third host."""
     environment = os.environ | {"PATH": f"{lan.folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    line = (sys.executable, "-m", "distllm", "launch", "tiny.yaml", *TWO, *arguments, "--on", "ssh", "--hosts", "node1,node2", "--gpus", "1")
+    where = ("--on", "ssh", "--hosts", "node1,node2", "--gpus", "1")
+    line = lan.on("launcher", sys.executable, "-m", "distllm", "launch", "tiny.yaml", *TWO, *arguments, *where, folder=folder)
     return subprocess.Popen(
-        lan.on("launcher", *line, folder=folder), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
-    )  # fmt: skip
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
 
 
 def ended(process: subprocess.Popen[str], limit_s: float = 120.0) -> tuple[str, str]:
