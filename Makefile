@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run launch/*.sh launch/slurm.sbatch
+	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.sbatch
 	$(BIN)/hadolint docker/Dockerfile
 
 bench: setup

@@ -51,7 +51,8 @@ def submit(job: Job) -> tuple[str, Path]:
         raise ConfigError([_refusal(job, done.stderr)])
     number = done.stdout.strip().partition(";")[0]
     _refuse_waiting_for_ever(job, number)
-    _remember(job, number)
+    if job.resumes:
+        _remember(job, number)
     return number, script
 
 

@@ -108,6 +108,7 @@ class Cluster:
             assert time.monotonic() < deadline, f"job {job} is requeued, and there is still {left}"
             time.sleep(0.2)
         self.both_idle()
+        time.sleep(2.0)  # a node refuses what was allowed in the second in which it ended the old attempt: "already killed"
 
     def start(self, job: str, *, limit_s: float = 60.0) -> None:
         """Start a requeued job at once; again and again, because SLURM sets the time once more when the old attempt has ended."""
