@@ -186,6 +186,8 @@ class CleanConfig(Section):
 
     unicode: Literal["none", "NFC", "NFKC", "NFD", "NFKD"] = "none"
     """The Unicode normal form."""
+    lowercase: bool = False
+    """Write everything in lower case. What the model is asked later, by prediction or evaluation, is cleaned in the same way."""
     control: bool = False
     """Drop control characters but tab and newline, and zero-width ones."""
     whitespace: bool = False
