@@ -2,9 +2,10 @@
 
     python docs/benchmarks/engines.py --text data/tinyshakespeare/input.txt
 
-Runs `distllm verify configs/quickstart.yaml --engines native,deepspeed` with planted faults on real text, and writes engines.json
-beside this file: the command, versions, and for every engine, stage and layout the verdict, the largest errors, the tolerances and
-what the engine does not show; then the planted faults. A layout that a rule refuses is a row with the rule. Fails as verify does.
+Runs `distllm verify configs/quickstart.yaml --engines native,deepspeed` with planted faults on real text, and writes
+engines.json beside this file: the command, versions, tolerances, what DeepSpeed does not show, and for every engine, stage and
+layout the verdict and the largest errors; then the planted faults. A layout that a rule refuses is a row with the rule. Its exit
+code is that of verify.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = [f"data.sources=[{{kind: text, path: {args.text.resolve()}}}]"] if args.text else []
+        source = [f"data.sources=[{{kind: text, document: paragraph, path: {args.text.resolve()}}}]"] if args.text else []
         asked = ["--engines", "native,deepspeed", "--layouts", args.layouts, "--planted-faults", "--out", f"{folder}/verify"]
         words = ["verify", "configs/quickstart.yaml", *source, f"data.store={folder}/store", *asked]
         began = time.monotonic()
@@ -47,11 +48,12 @@ def main() -> None:
         seconds = round(time.monotonic() - began)
         whole = json.loads((Path(folder) / "verify" / "verify.json").read_text())
         line = f"distllm {shlex.join(words)}".replace(folder, "WORK")
+    line = line.replace(str(args.text.resolve()), "INPUT.TXT") if args.text else line
     rows = whole["layouts"]
     hidden = {row["engine"]: row["not_exposed"] for row in rows if row.get("not_exposed")}
     record = {
-        "command": line.replace(str(args.text.resolve()), "INPUT.TXT") if args.text else line, "exit code": code, "wall_s": seconds,
-        "holds": whole["holds"], "date": whole["date"], "hardware": whole["hardware"],
+        "command": line, "exit code": code, "wall_s": seconds, "holds": whole["holds"], "date": whole["date"],
+        "hardware": whole["hardware"],
         "versions": whole["versions"] | {"deepspeed": version("deepspeed")}, "tolerances": whole["bounds"], "not exposed": hidden,
         "reference": "one process of the native engine, in the same precision", "guards": whole["guards"],
         "rows": [told(row) for row in rows], "planted faults": whole["planted_faults"],
