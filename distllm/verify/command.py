@@ -217,7 +217,8 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if "deepspeed" in options.engines:
         require_deepspeed()
-        deepspeed_trial.load_compiler()
+        if options.device == "cpu":  # elsewhere it may start CUDA, which does not survive a fork
+            deepspeed_trial.load_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     verification = Verification(config, open_data(config, folder), options)
     tasks = list(_tasks(verification))
