@@ -17,34 +17,27 @@ def _mean_on_one_rank(case: Case, world: World) -> Case:
     return objective_changed(mean_of_its_own)(case, world) if world.rank == world.size - 1 else case
 
 
-def _at_update(engine: DeepSpeedEngine, change: Any) -> None:
-    """Change DeepSpeed's optimizer as the update is about to be taken."""
-    update = engine._passes.step
+def _mean_over_ranks(engine: DeepSpeedEngine, world: World, starts: Arrays) -> None:
+    """DeepSpeed's own division by the ranks is not undone: targets divide once more."""
+    optimizer, update = engine._engine.optimizer, engine._passes.step
 
     def wrong() -> None:
-        change(engine._engine.optimizer)
+        optimizer.loss_scale = optimizer.loss_scale * world.size
         update()
 
     engine._passes.step = wrong  # type: ignore[method-assign]
 
 
-def _mean_over_ranks(engine: DeepSpeedEngine, world: World, starts: Arrays) -> None:
-    """DeepSpeed's own division by the ranks is not undone: targets divide once more."""
-
-    def change(optimizer: Any) -> None:
-        optimizer.loss_scale = optimizer.loss_scale * world.size
-
-    _at_update(engine, change)
-
-
 def _never_clips(engine: DeepSpeedEngine, world: World, starts: Arrays) -> None:
-    if not engine._engine.optimizer.clip_grad:
-        raise DistllmError(NO_PLACE)
+    optimizer, update = engine._engine.optimizer, engine._passes.step
+    told, optimizer.clip_grad = optimizer.clip_grad, 0.0
 
-    def change(optimizer: Any) -> None:
-        optimizer.clip_grad = 0.0
+    def wrong() -> None:
+        update()
+        if engine.updates == 0 and not 0 < told < engine._engine.get_global_grad_norm():
+            raise DistllmError(NO_PLACE)  # there was nothing to clip
 
-    _at_update(engine, change)
+    engine._passes.step = wrong  # type: ignore[method-assign]
 
 
 def _lost_update(engine: DeepSpeedEngine, world: World, starts: Arrays) -> None:

@@ -59,6 +59,12 @@ def test_a_planted_bug_is_caught(fault: Fault, verification: Verification) -> No
     assert told["caught"] is True, told
 
 
+def test_clipping_that_is_not_in_force_is_no_place_for_a_bug(tmp_path: Path) -> None:
+    (fault,) = (fault for fault in DEEPSPEED_FAULTS if fault.name == "never clipped")
+    told = _plant(verification_of(tmp_path, "optim.clip=100.0"), fault)
+    assert told["caught"] is None, told
+
+
 def test_the_command_tells_row_by_row_what_is_equal_to_which_tolerance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
