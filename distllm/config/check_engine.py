@@ -60,7 +60,8 @@ def _axes(config: Config) -> Iterator[str]:
     layout = config.layout
     for axis in ("ep", "cp"):
         if (size := getattr(layout, axis)) > 1:
-            yield f"layout.{axis}={size}: engine.name=deepspeed has data-, tensor- and pipeline-parallel ranks; nearest: 1, or {NATIVE}"
+            rule = "engine.name=deepspeed has data-, tensor- and pipeline-parallel ranks"
+            yield f"layout.{axis}={size}: {rule}; nearest: 1, or {NATIVE}"
     if layout.dp_replicate != 1:
         yield (
             f"layout.dp_replicate={layout.dp_replicate}: DeepSpeed shards over all data-parallel ranks; nearest: 1 with "

@@ -140,9 +140,10 @@ def pipeline_fits(config: Config, *, accumulation: int) -> Iterator[str]:
     layout = config.layout
     virtual = virtual_stages(layout.pp_schedule, layout.pp_virtual)
     batch = config.train.global_batch
+    least = layout.pp if config.engine.name == "deepspeed" else 1  # its 1F1B also runs with fewer micro-batches than ranks
     yield from schedule_problems(
-        layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=accumulation, compiled=config.train.compile,
-        samples=None if batch is None else batch // accumulation,
+        layout.pp_schedule, pp=layout.pp, virtual=virtual, microbatches=max(accumulation, least),
+        compiled=config.train.compile, samples=None if batch is None else batch // accumulation,
     )  # fmt: skip
 
 

@@ -304,7 +304,7 @@ class EngineConfig(Section):
     """What takes the training step."""
 
     name: Literal["native", "deepspeed"] = "native"
-    """native: torch alone, every layout. deepspeed: DeepSpeed's ZeRO over all ranks (Rajbhandari et al. 2019, arXiv 1910.02054); needs `pip install 'distllm[deepspeed]'`."""
+    """native: torch alone, every layout. deepspeed: DeepSpeed's ZeRO over data-parallel ranks (Rajbhandari et al. 2019, arXiv 1910.02054), with zero_stage 1 also its pipeline; needs `pip install 'distllm[deepspeed]'`."""
     zero_stage: NonNegative = 2
     """With deepspeed: what is sharded. 1: the optimizer state; 2: gradients too; 3: parameters too."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"

@@ -62,6 +62,7 @@ class Pieces:
         self._pieces: dict[str, Piece] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         find = self._cut_parameter if stage == 3 else self._whole_parameter
+        parameter: Any  # with what stage 3 has put on it
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad, f"{name} is frozen, which check_engine refuses"
             self._shapes[name] = tuple(parameter.ds_shape if stage == 3 else parameter.shape)

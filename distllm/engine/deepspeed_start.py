@@ -121,20 +121,6 @@ def initialize(
     return engine
 
 
-def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a call from which DeepSpeed cannot tell when the backward pass is through a block that it gathers as one.
-
-    It waits for the gradients of positional arguments; where none has any, it takes the block's gradients, still zero, at once.
-    """
-    if torch.is_grad_enabled() and not any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
-        raise ConfigError(
-            [
-                f"engine.zero_stage=3: with layout.tp, {type(block).__name__} must be given its hidden states as a positional "
-                "argument, for DeepSpeed sees no gradient of others; nearest: 2, or engine.name=native"
-            ]
-        )
-
-
 def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
     """DeepSpeed's pipeline of as many layers as stages: where to cut, and what is tied, we have decided already.
 
@@ -149,6 +135,20 @@ def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of layers
         module: nn.Module = PipelineModule(layers, topology=topology, partition_method="uniform")
     return module
+
+
+def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a call from which DeepSpeed cannot tell when the backward pass is through a block that it gathers as one.
+
+    It waits for the gradients of positional arguments; where none has any, it takes the block's gradients, still zero, at once.
+    """
+    if torch.is_grad_enabled() and not any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+        raise ConfigError(
+            [
+                f"engine.zero_stage=3: with layout.tp, {type(block).__name__} must be given its hidden states as a positional "
+                "argument, for DeepSpeed sees no gradient of others; nearest: 2, or engine.name=native"
+            ]
+        )
 
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:

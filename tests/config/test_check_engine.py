@@ -16,6 +16,7 @@ from distllm.config.load import load
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 DEEPSPEED = "engine.name=deepspeed"
+STATE_ALONE = "DeepSpeed's pipeline shards optimizer state alone, and layout.pp=2; nearest: 1, or engine.name=native"
 
 
 def problems(*overrides: str) -> list[str]:
@@ -37,7 +38,6 @@ def test_every_stage_of_zero_is_fine() -> None:
         ("engine.zero_stage=4", "3"),
         ("engine.offload_optimizer=nvme", "cpu"),
         ("engine.offload_parameters=cpu", "none, or engine.zero_stage=3"),
-        ("layout.pp=2", "1, or engine.name=native"),
         ("layout.cp=2", "1, or engine.name=native"),
         ("layout.ep=2", "1, or engine.name=native"),
         ("layout.dp_replicate=2", "1 with layout.dp_shard=auto, or engine.name=native"),
@@ -48,7 +48,6 @@ def test_every_stage_of_zero_is_fine() -> None:
         ("train.batch_ramp=10", "0, or engine.name=native"),
         ("train.ema=0.9", "0.0, or engine.name=native"),
         ("train.compile=true", "false, or engine.name=native"),
-        ("activation.mode=full", "none, or engine.name=native"),
         ("optim.l1=0.1", "0.0, or engine.name=native"),
         ("optim.l2=0.1", "0.0, or engine.name=native"),
         ("moe.balance=0.1", "0.0, or engine.name=native"),
@@ -61,6 +60,25 @@ def test_every_stage_of_zero_is_fine() -> None:
 def test_what_it_cannot_do_is_refused_with_what_can(given: str, near: str) -> None:
     lines = [line for line in problems(DEEPSPEED, "device=cpu", given) if line.startswith(f"{given}: ")]
     assert [line.partition("; nearest: ")[2] for line in lines if line.endswith(f"; nearest: {near}")] == [near], lines
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ("", None),
+        ("layout.tp=2", None),
+        ("engine.offload_optimizer=cpu", None),
+        ("train.accumulation=1", None),
+        ("engine.zero_stage=2", STATE_ALONE),
+        ("engine.zero_stage=3", STATE_ALONE),
+        ("layout.pp_schedule=zbv", "DeepSpeed's pipeline has one schedule; nearest: 1f1b, or engine.name=native"),
+        ("layout.pp_virtual=2", "1f1b has one stage a rank; nearest: 1, or layout.pp_schedule=interleaved_1f1b"),
+    ],
+)
+def test_its_pipeline_needs_stage_1_and_has_one_schedule(given: str, rule: str | None) -> None:
+    usual = (DEEPSPEED, "device=cpu", "engine.zero_stage=1", "layout.pp=2", "train.accumulation=4", "train.global_batch=null")
+    config = load(QUICKSTART, [*usual, *given.split()]).config
+    assert check(config, world_size=4) == ([] if rule is None else [f"{given}: {rule}"])
 
 
 def test_its_options_are_not_for_the_native_engine() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from distllm.comm import World
+from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.data.batch import IGNORE
@@ -94,20 +95,29 @@ def test_uneven_batches_are_divided_once_and_a_bad_one_is_skipped_by_all(
 
 
 def run_counted(world: World, config: Config) -> int:
-    """How often the second block's forward pass runs in a run."""
-    run, calls = build(config, world), []
-    block = run.engine._model.get_submodule("model.layers.1.mlp")  # type: ignore[attr-defined]
-    block.register_forward_hook(lambda *_: calls.append(1))
+    """Train; how often the second block was computed."""
+    run = build(config, world)
+    calls: list[int] = []
+    first_layer = run.engine._model.get_submodule("model.layers.1.input_layernorm")  # type: ignore[attr-defined]
+    first_layer.register_forward_hook(lambda *_: calls.append(1))
     assert train(run) == 0
     return len(calls)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_blocks_are_recomputed_where_asked(stage: int, place: Path, reference: Path) -> None:
+def test_blocks_are_recomputed_where_asked(
+    stage: int, place: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def released(config: Config, *, ranks: int) -> dict[str, Any]:
+        json = deepspeed_json(config, ranks=ranks)
+        json["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or it keeps all of so small a model gathered
+        return json
+
+    monkeypatch.setattr("distllm.train.build_deepspeed.deepspeed_json", released)
     config = tiny_config(place, *COMMON, f"name=again-{stage}", "train.steps=2", "activation.mode=full", *zero(stage))
-    evaluated = 8  # micro-batches of the whole validation set, on each rank
+    trained, evaluated, written = 4, 8, 4  # micro-batches on each rank, and tokens of a sample
     counts = on_ranks(lambda world: run_counted(world, config), 2, place / "ranks")
-    print(counts)
+    assert counts == [2 * trained + evaluated + written] * 2
     found, wanted = losses(place / "runs" / f"again-{stage}"), losses(reference)
     assert all(abs(loss - wanted[step]) < 2e-6 for step, loss in found.items())
 

@@ -61,8 +61,10 @@ def test_a_run_goes_from_it_to_native_layouts_and_back(place: Path, reference: P
 
 def test_stages_between_the_ends_and_a_split_of_ones_own(place: Path) -> None:
     one = go(place, "three-one", *THREE, steps=4, ranks=1)
-    three = ("layout.pp=3", "layout.pp_split=[1, 2, 1]", "activation.mode=full")
-    assert_equal_runs(go(place, "three", *PIPELINE, *THREE, *three, steps=4, ranks=3), one)
+    three = ("layout.pp=3", "layout.pp_split=[1, 2, 1]")
+    go(place, "three", *PIPELINE, *THREE, *three, steps=2, ranks=3)
+    fewer = ("train.micro_batch=6", "activation.mode=full")  # micro-batches than ranks: one
+    assert_equal_runs(go(place, "three", *PIPELINE, *THREE, *three, *fewer, steps=4, ranks=3), one)
 
 
 def test_it_goes_with_tensor_parallel_ranks(place: Path, reference: Path) -> None:
@@ -97,7 +99,8 @@ def test_micro_batches_of_other_lengths(tmp_path: Path) -> None:
     for name, ranks, changes in (
         ("one", 1, {}), ("two", 2, {"engine": {"name": "deepspeed", "zero_stage": 1}, "layout": {"pp": 2}})
     ):  # fmt: skip
-        config = task_config("classification", tmp_path / name, optim={"lr": 0.01, "eps": 1e-4}, checkpoint={"every": 0}, **changes)
+        changes = {**changes, "optim": {"lr": 0.01, "eps": 1e-4}, "checkpoint": {"every": 0}}
+        config = task_config("classification", tmp_path / name, **changes)
         assert on_ranks(lambda world, config=config: run_tiny(world, config), ranks, tmp_path / "ranks") == [0] * ranks
         runs.append(tmp_path / name / "runs" / "small")
     for key in ("loss", "val_loss"):

@@ -51,7 +51,8 @@ def check(case: Case, schedules: tuple[str, ...], folder: Path, *, tolerance: fl
             cut.model.train()
             second = pipeline.train(others[: len(others) // (case.replicate * case.shard)], terms).numpy()
             third = pipeline.train(batches, terms, scale=0.5).numpy()
-            answers.append((first, grads, (float(found), float(count), float(parts["correct"]), parts["table"].numpy()), text, second, third))
+            evaluated = float(found), float(count), float(parts["correct"]), parts["table"].numpy()
+            answers.append((first, grads, evaluated, text, second, third))
             cut.model.zero_grad()
         return answers
 
