@@ -29,9 +29,9 @@ def engine_problems(config: Config) -> Iterator[str]:
 
 def _for_deepspeed_only(engine: EngineConfig) -> Iterator[str]:
     usual = EngineConfig()
-    for name in ("zero_stage", "offload_optimizer", "offload_parameters"):
+    for name in ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"):
         if (value := getattr(engine, name)) != getattr(usual, name):
-            near = getattr(usual, name)
+            near = shown(getattr(usual, name))
             yield f"engine.{name}={value}: is for engine.name=deepspeed, not native; nearest: {near}, or engine.name=deepspeed"
 
 
@@ -46,14 +46,29 @@ def _sharding(engine: EngineConfig) -> Iterator[str]:
             "engine.zero_stage=0: DeepSpeed without ZeRO tells no gradient norm, and in bf16 takes wrong Adam steps; "
             f"nearest: 1, or {NATIVE} with layout.dp_replicate"
         )
-    for name in ("offload_optimizer", "offload_parameters"):
-        if getattr(engine, name) == "nvme":
-            yield f"engine.{name}=nvme: checkpoints are not read from and written to swapped state; nearest: cpu"
+    yield from _nvme(engine)
     if engine.offload_parameters != "none" and engine.zero_stage != 3:
         yield (
             f"engine.offload_parameters={engine.offload_parameters}: needs engine.zero_stage=3, and it is {engine.zero_stage}, "
             "where parameters are whole; nearest: none, or engine.zero_stage=3"
         )
+
+
+def _nvme(engine: EngineConfig) -> Iterator[str]:
+    """What offloading to files needs. Stages 1 and 2 of DeepSpeed take nvme for cpu without saying so."""
+    if engine.offload_parameters == "nvme":
+        yield "engine.offload_parameters=nvme: weights are not brought from a checkpoint into DeepSpeed's files; nearest: cpu"
+    if engine.offload_optimizer != "nvme":
+        if engine.nvme_path is not None:
+            yield f"engine.nvme_path={engine.nvme_path}: is for nvme; nearest: null, or engine.offload_optimizer=nvme"
+        return
+    if engine.zero_stage != 3:
+        yield (
+            f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, and it is {engine.zero_stage}, where DeepSpeed takes "
+            "nvme for cpu; nearest: cpu, or engine.zero_stage=3"
+        )
+    if engine.nvme_path is None:
+        yield "engine.offload_optimizer=nvme: needs engine.nvme_path, a folder; nearest: cpu"
 
 
 def _axes(config: Config) -> Iterator[str]:

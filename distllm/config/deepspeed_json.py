@@ -12,6 +12,9 @@ from distllm.config.check import Resolved, resolve_layout
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 
+NVME_NUMBERS = 10**8
+"""Parameters of a rank whose state is in memory at a time, the rest in files: 4 buffers of 0.4 GB. DeepSpeed's own is 10^9."""
+
 
 def deepspeed_json(config: Config, *, ranks: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given for a config, with nothing left for it to derive.
@@ -37,6 +40,10 @@ def _rendered(config: Config, resolved: Resolved) -> dict[str, Any]:
     for ours, theirs in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
         if (device := getattr(engine, ours)) != "none":
             zero[theirs] = {"device": device}
+    if engine.offload_optimizer == "nvme":
+        assert engine.nvme_path is not None, "check_engine refuses it"
+        zero["offload_optimizer"]["nvme_path"] = f"{engine.nvme_path}/{config.name}"
+        zero["sub_group_size"] = NVME_NUMBERS
     rendered = {
         "train_batch_size": resolved.global_batch,
         "train_micro_batch_size_per_gpu": resolved.micro_batch,

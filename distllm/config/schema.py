@@ -308,9 +308,11 @@ class EngineConfig(Section):
     zero_stage: NonNegative = 2
     """With deepspeed: what is sharded. 1: the optimizer state; 2: gradients too; 3: parameters too."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """With deepspeed: where optimizer state and fp32 weights lie, besides the GPU, and where the update is computed."""
+    """With deepspeed: where optimizer state and fp32 weights lie, besides the GPU, whose update the CPU then computes. nvme, with zero_stage 3: in files under `nvme_path`."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """With deepspeed and zero_stage 3: where the shards of the parameters lie."""
+    nvme_path: str | None = None
+    """With nvme: a folder on a fast local disk of each node. A run writes its state under its own name there, and leaves the files."""
 
 
 class MoeConfig(Section):

@@ -216,3 +216,4 @@ class DeepSpeedEngine:
         if self._loaded:
             self._pieces.to_weights()
             self._loaded = False
+        self._pieces.forget_copies()

@@ -1,8 +1,8 @@
 """The fp32 weights and the optimizer state as ZeRO has cut them: flat pieces, and where the parameters lie in them.
 
 ZeRO cuts over the ranks that hold the same parameters: those that read different samples. What is used here is beyond
-DeepSpeed's documented surface (0.19): the flat pieces, the places of parameters in them, and the two calls that make weights
-of them.
+DeepSpeed's documented surface (0.19): the flat pieces (deepspeed_groups.py), the places of parameters in them, and the two calls
+that make weights of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from distllm import comm
 from distllm.checkpoint.chunk import Chunk
+from distllm.engine.deepspeed_groups import WEIGHTS, Groups
 from distllm.engine.flat import flat_chunks
 from distllm.parallel.mesh import Mesh
 from distllm.parallel.tensor_plain import TensorPiece
@@ -24,9 +25,9 @@ from distllm.parallel.tensor_plain import TensorPiece
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's numbers of one parameter: [at, at + length) of a flat piece, [start, start + length) of the parameter."""
+    """This rank's numbers of one parameter: [at, at + length) of its group's flat piece, [start, start + length) of itself."""
 
-    flat: torch.Tensor
+    group: int
     at: int
     start: int
     length: int
@@ -58,6 +59,7 @@ class Pieces:
         copies: names of parameters that another pipeline stage holds too and writes.
         """
         self._zero, self._stage, self._mesh = engine.optimizer, stage, mesh
+        self._groups = Groups(engine.optimizer, stage=stage)
         self._cuts, self._copies = cuts, copies
         self._pieces: dict[str, Piece] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -76,48 +78,29 @@ class Pieces:
     def _whole_parameter(self, parameter: nn.Parameter) -> Piece:
         """Stages 1 and 2: a group of parameters is one row, and each rank has an equal part of it."""
         group = next(i for i, members in enumerate(self._zero.bit16_groups) if any(p is parameter for p in members))
-        flat, place = self._zero.single_partition_of_fp32_groups[group], parameter._hp_mapping  # type: ignore[attr-defined]
+        place = parameter._hp_mapping  # type: ignore[attr-defined]
         if place is None:  # it lies on other ranks
-            return Piece(flat, 0, 0, 0)
-        return Piece(flat, place.hp_fragment_address.start, place.lp_fragment_address.start, place.lp_fragment_address.numel)
+            return Piece(group, 0, 0, 0)
+        return Piece(group, place.hp_fragment_address.start, place.lp_fragment_address.start, place.lp_fragment_address.numel)
 
     def _cut_parameter(self, parameter: Any) -> Piece:
         """Stage 3: each parameter is cut into equal parts, the last ones padded."""
         group, at, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         part = parameter.ds_tensor.ds_numel
         start = min(self._mesh.dp_rank * part, parameter.ds_numel)
-        return Piece(self._zero.fp32_partitioned_groups_flat[group], at, start, min(part, parameter.ds_numel - start))
-
-    def _flats(self) -> list[torch.Tensor]:
-        cut = self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
-        return list(cut)
+        return Piece(group, at, start, min(part, parameter.ds_numel - start))
 
     def make_optimizer_state(self) -> None:
-        """Make the optimizer's state at once, as the native engine does: the checkpoints of both have the same names.
-
-        A step of zero gradients at rate zero makes the state and moves no weight; its count is taken back.
-        """
-        base, state = self._zero.optimizer, self._zero.optimizer.state
-        kept, base.param_groups = base.param_groups, []
-        for index, flat in enumerate(self._flats()):
-            group = kept[self._zero.sub_group_to_group_id[index] if self._stage == 3 else index]
-            base.param_groups.append({**group, "params": [flat], "lr": 0.0})
-        before = [flat.grad for flat in self._flats()]  # with offloading DeepSpeed has buffers there
-        for flat in self._flats():
-            flat.grad = torch.zeros_like(flat)
-        base.step()
-        for flat, gradient in zip(self._flats(), before, strict=True):
-            flat.grad = gradient
-            if "step" in state[flat]:
-                state[flat]["step"].zero_()
-        base.param_groups = kept
+        """Make the optimizer's state at once, as the native engine does."""
+        self._groups.make_optimizer_state()
 
     def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy this rank's numbers of whole tensors into the fp32 pieces."""
+        """Copy this rank's numbers of whole tensors into the fp32 pieces; a collective call."""
         for name, whole in tensors:
             if (piece := self._pieces.get(name)) is not None and piece.length:
                 own = self._cuts[name].cut(whole) if name in self._cuts else whole
-                piece.of(piece.flat).copy_(own.reshape(-1).narrow(0, piece.start, piece.length))
+                self._numbers(piece).copy_(own.reshape(-1).narrow(0, piece.start, piece.length))
+        self.to_weights()
 
     def to_weights(self) -> None:
         """Make the weights that the model computes with from the fp32 pieces; a collective call."""
@@ -125,8 +108,8 @@ class Pieces:
             self._zero.update_lp_params()
             return
         self._zero._partition_all_parameters()
-        for group in range(len(self._flats())):
-            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        for group in range(len(self._groups)):
+            self._groups.put_back(group)
         if kept := self._zero.persistent_parameters:  # small ones stay gathered
             kept[0].all_gather(kept)
 
@@ -134,7 +117,7 @@ class Pieces:
         """A whole parameter in fp32 on `device`; a collective call of the ranks that hold it."""
         piece, shape = self._pieces[name], self._shapes[name]
         numbers = torch.zeros(prod(shape), dtype=torch.float32, device=device)
-        numbers.narrow(0, piece.start, piece.length).copy_(piece.of(piece.flat))
+        numbers.narrow(0, piece.start, piece.length).copy_(self._numbers(piece))
         own = comm.sum_over(numbers, self._mesh.data_group).view(shape)
         if (cut := self._cuts.get(name)) is None:
             return own
@@ -146,17 +129,23 @@ class Pieces:
         """This rank's pieces of parameters and optimizer state."""
         chunks: dict[str, Chunk] = {}
         for name, piece in self._pieces.items():
-            chunks |= self._flat_chunks(f"model.{name}", piece.flat, name)
-            for key, value in self._zero.optimizer.state[piece.flat].items():
-                if not isinstance(value, torch.Tensor):
-                    continue
-                at = f"optim.{name}.{key}"
-                if value.shape == piece.flat.shape:
+            tensors = self._groups.tensors(piece.group)
+            for key, value in tensors.items():
+                at = f"model.{name}" if key == WEIGHTS else f"optim.{name}.{key}"
+                if value.shape == tensors[WEIGHTS].shape:
                     chunks |= self._flat_chunks(at, value, name)
                 else:  # a step count, the same on all ranks
                     first = self._mesh.dp_rank == 0 and self._mesh.first_of("tp") and name not in self._copies
                     chunks[at] = Chunk(value, tuple(value.shape), (0,) * value.dim(), first)
         return chunks
+
+    def forget_copies(self) -> None:
+        """Let go of what was read from files, before an update makes it old."""
+        self._groups.forget_copies()
+
+    def _numbers(self, piece: Piece) -> torch.Tensor:
+        """This rank's fp32 weights of one parameter, [length]."""
+        return piece.of(self._groups.tensors(piece.group)[WEIGHTS])
 
     def _flat_chunks(self, key: str, flat: torch.Tensor, name: str) -> dict[str, Chunk]:
         """The chunks of one parameter, from its flat piece or from optimizer state as long as it."""

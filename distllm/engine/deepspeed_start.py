@@ -6,8 +6,10 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +106,8 @@ def initialize(
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
     if json["fp16"]["enabled"] and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
+    if json["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+        require_libaio()
     if mesh.sizes["tp"] > 1 and json["zero_optimization"]["stage"] == 3:
         # A block puts sums over tp ranks in the place of its whole parameters before its layers are called to gather them.
         for block in blocks:
@@ -137,6 +141,17 @@ def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
     return module
 
 
+def require_libaio() -> None:
+    """Refuse files where their reading and writing cannot be compiled, which takes DeepSpeed minutes, once a machine."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(["engine.offload_optimizer=nvme: needs libaio, on Debian apt install libaio-dev; nearest: cpu"])
+    tools = str(Path(sys.executable).parent)  # ninja lies beside python, and the environment may not be activated
+    if tools not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
+
+
 def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a call from which DeepSpeed cannot tell when the backward pass is through a block that it gathers as one.
 
@@ -153,7 +168,7 @@ def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
     """Compare what DeepSpeed says of itself with what it was told: it drops what it does not understand without a word."""
-    told = {
+    told: dict[str, Any] = {
         "train_batch_size": engine.train_batch_size(),
         "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
         "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
@@ -163,6 +178,11 @@ def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
         "fp16.enabled": engine.fp16_enabled(),
         "fp16.loss_scale": engine.loss_scale(),
     }
+    zero = json["zero_optimization"]
+    if "offload_optimizer" in zero:
+        told["zero_optimization.offload_optimizer.device"] = getattr(engine.zero_offload_optimizer(), "device", None)
+    if "offload_param" in zero:
+        told["zero_optimization.offload_param.device"] = getattr(engine.zero_offload_param(), "device", None)
     for key, value in told.items():
         wanted: Any = json
         for part in key.split("."):

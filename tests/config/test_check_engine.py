@@ -36,7 +36,10 @@ def test_every_stage_of_zero_is_fine() -> None:
     [
         ("engine.zero_stage=0", "1, or engine.name=native with layout.dp_replicate"),
         ("engine.zero_stage=4", "3"),
+        ("engine.offload_optimizer=nvme", "cpu, or engine.zero_stage=3"),
         ("engine.offload_optimizer=nvme", "cpu"),
+        ("engine.nvme_path=/disk", "null, or engine.offload_optimizer=nvme"),
+        ("engine.offload_parameters=nvme", "cpu"),
         ("engine.offload_parameters=cpu", "none, or engine.zero_stage=3"),
         ("layout.cp=2", "1, or engine.name=native"),
         ("layout.ep=2", "1, or engine.name=native"),
@@ -79,6 +82,13 @@ def test_its_pipeline_needs_stage_1_and_has_one_schedule(given: str, rule: str |
     usual = (DEEPSPEED, "device=cpu", "engine.zero_stage=1", "layout.pp=2", "train.accumulation=4", "train.global_batch=null")
     config = load(QUICKSTART, [*usual, *given.split()]).config
     assert check(config, world_size=4) == ([] if rule is None else [f"{given}: {rule}"])
+
+
+def test_state_in_files_has_a_folder_of_the_runs_own_and_groups_of_its_size() -> None:
+    nvme = [DEEPSPEED, "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/disk", "name=first"]
+    assert problems(*nvme) == []
+    zero = deepspeed_json(load(QUICKSTART, nvme).config, ranks=1)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "nvme_path": "/disk/first"} and zero["sub_group_size"] == 10**8
 
 
 def test_its_options_are_not_for_the_native_engine() -> None:

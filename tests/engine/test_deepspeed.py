@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,10 @@ from distllm.comm import World
 from distllm.config.deepspeed_json import deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
-from distllm.data.batch import IGNORE
-from distllm.engine.base import LossTerms
 from distllm.engine.deepspeed_start import refuse_ignored
 from distllm.train.build import build
 from distllm.train.loop import train
-from distllm.train.objectives import causal_lm
-from tests.engine.zero_runs import COMMON, assert_equal_runs, go, zero
+from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
 
@@ -62,22 +58,6 @@ def test_bf16_is_near_and_goes_on_to_the_bit(stage: int, place: Path, reference:
     np.testing.assert_allclose(list(losses(unbroken).values()), [one[step] for step in range(1, 5)], rtol=0, atol=5e-3)
     ours, expected = state(broken), state(unbroken)
     assert all(np.array_equal(ours[name], value) for name, value in expected.items())
-
-
-def uneven(outputs: Any, batch: Any) -> LossTerms:
-    """The loss of a part of each row that depends on its number; infinite for sample 17."""
-    labels = batch.targets["labels"].clone()
-    for row, number in enumerate(batch.sample_ids):
-        labels[row, number % 7 * 4 :] = IGNORE  # nothing is left of every seventh
-    terms = causal_lm(outputs, replace(batch, targets={**batch.targets, "labels": labels}))
-    bad = 17 in batch.sample_ids and torch.is_grad_enabled()
-    return replace(terms, sum=terms.sum + float("inf")) if bad else terms  # its gradient is finite
-
-
-def uneven_run(world: World, config: Config) -> int:
-    run = build(config, world)
-    run.engine._objective = uneven  # type: ignore[attr-defined]
-    return train(run)
 
 
 @pytest.mark.parametrize(("stage", "ranks", "tp"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (2, 2, 2)])
@@ -122,6 +102,12 @@ def test_blocks_are_recomputed_where_asked(
     assert all(abs(loss - wanted[step]) < 2e-6 for step, loss in found.items())
 
 
+def test_an_optimizer_that_takes_decay_for_a_gradient_begins_with_nothing(tmp_path: Path) -> None:
+    how = ("optim.name=adam", "optim.weight_decay=0.5")
+    one = go(tmp_path, "one", *how, steps=2, ranks=1)
+    assert_equal_runs(go(tmp_path, "zero", *how, *zero(3), steps=2), one)
+
+
 def test_without_deepspeed_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     config = tiny_config(tmp_path, *zero(2))
@@ -145,3 +131,9 @@ def test_what_deepspeed_does_not_do_as_told_is_an_error() -> None:
     says.gradient_clipping = lambda: 0.0
     with pytest.raises(ConfigError, match=r"DeepSpeed takes gradient_clipping=0.0, and was told 1.0"):
         refuse_ignored(says, json)
+    says.gradient_clipping = lambda: 1.0
+    json["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    for offload in (None, SimpleNamespace(device="none")):
+        says.zero_offload_optimizer = lambda offload=offload: offload
+        with pytest.raises(ConfigError, match=r"offload_optimizer.device=(None|none), and was told cpu"):
+            refuse_ignored(says, json)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from distllm.comm import World
+from distllm.config.schema import Config
+from distllm.data.batch import IGNORE
+from distllm.engine.base import LossTerms
+from distllm.train.build import build
+from distllm.train.loop import train
+from distllm.train.objectives import causal_lm
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
 
@@ -44,3 +54,20 @@ def assert_equal_runs(run: Path, reference: Path) -> None:
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=5e-6, err_msg=name)
+
+
+def uneven(outputs: Any, batch: Any) -> LossTerms:
+    """The loss of a part of each row that depends on its number; infinite for sample 17."""
+    labels = batch.targets["labels"].clone()
+    for row, number in enumerate(batch.sample_ids):
+        labels[row, number % 7 * 4 :] = IGNORE  # nothing is left of every seventh
+    terms = causal_lm(outputs, replace(batch, targets={**batch.targets, "labels": labels}))
+    bad = 17 in batch.sample_ids and torch.is_grad_enabled()
+    return replace(terms, sum=terms.sum + float("inf")) if bad else terms  # its gradient is finite
+
+
+def uneven_run(world: World, config: Config) -> int:
+    """Train with it; returns the exit code."""
+    run = build(config, world)
+    run.engine._objective = uneven  # type: ignore[attr-defined]
+    return train(run)
