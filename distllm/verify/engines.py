@@ -28,12 +28,17 @@ class EngineChoice:
         return self.name if self.zero_stage is None else f"{self.name} ZeRO {self.zero_stage}"
 
     def config(self, own: EngineConfig) -> EngineConfig:
-        """The config's `engine` section, with what the user's own says of offloading where this engine has it."""
+        """The config's `engine` section, with what the user's own says of offloading where this engine has it.
+
+        What would lie in files stays in memory: it is computed alike, and what moves it takes minutes to compile.
+        """
         if self.zero_stage is None:
             return EngineConfig()
-        offload = "none" if self.zero_stage < 3 else own.offload_parameters
-        changed = {"name": self.name, "zero_stage": self.zero_stage, "offload_parameters": offload}
-        return own.model_copy(update=changed)
+        optimizer = "cpu" if own.offload_optimizer == "nvme" else own.offload_optimizer
+        parameters = own.offload_parameters if self.zero_stage == 3 else "none"
+        return EngineConfig(
+            name="deepspeed", zero_stage=self.zero_stage, offload_optimizer=optimizer, offload_parameters=parameters
+        )
 
     def precision(self, asked: str) -> str:
         """What is computed in where `asked` was asked for: DeepSpeed keeps its weights in fp32, and has no fp64."""

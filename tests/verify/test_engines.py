@@ -32,6 +32,8 @@ def test_deepspeed_stands_for_its_three_stages() -> None:
     assert engines[0].config(own) == EngineConfig()
     assert engines[2].config(own) == own.model_copy(update={"zero_stage": 2, "offload_parameters": "none"})
     assert engines[3].config(own) == own
+    files = EngineConfig(name="deepspeed", zero_stage=3, offload_optimizer="nvme", nvme_path="/local")
+    assert engines[3].config(files) == EngineConfig(name="deepspeed", zero_stage=3, offload_optimizer="cpu")
     assert [engine.precision("fp64") for engine in engines] == ["fp64", "fp32", "fp32", "fp32"]
 
 
