@@ -89,6 +89,24 @@ def test_without_sbatch_ssh_or_deepspeed(here: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "distllm: --with=deepspeed: the package deepspeed is not installed; pip install deepspeed, or --with torchrun\n"
 
 
+def test_a_bench_is_launched_and_ends_when_asked(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def family(argv: list[str], *, environment: dict[str, str], request: command.Request) -> int:
+        seen.append((argv, environment))
+        if len(seen) == 2:
+            request.stop.set()
+        return len(seen) - 1
+
+    monkeypatch.setattr(command, "run_family", family)
+    line = ["launch", "run.yaml", "train.steps=7", "--gpus", "2", "--command", "bench", "--", "--grid", "ranks=1,2 layout.dp_shard=auto"]
+    assert [cli.run(line), cli.run(line)] == [0, 130]
+    assert capsys.readouterr().err == "distllm: interrupted\n"
+    argv, environment = seen[0]
+    assert argv[argv.index("distllm") + 1 :] == ["bench", "run.yaml", "train.steps=7", "--grid", "ranks=1,2 layout.dp_shard=auto"]
+    assert environment["DISTLLM_RANKS"] == "2" and "DISTLLM_PREFLIGHT" not in environment  # which bench does not have
+
+
 def test_a_slurm_that_does_not_answer(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")
     (here / "sbatch").chmod(0o755)
