@@ -119,7 +119,7 @@ def _end(given: argparse.Namespace) -> int:
         silent = len({report.rank for report in reports}) < size
         first = first_failure(reports)
         if silent and (first is None or first.code == EXIT_LOST) and not _nodes_answer(os.environ):
-            return _again(given, "not all nodes answer any more")  # SLURM itself notices minutes later
+            return _again(given, "not all nodes answer any more")  # SLURM itself may notice minutes later
     if code not in (0, EXIT_STOPPED) and not given.once:
         _say(f"logs of the ranks: {given.run}/logs/rank-N.log")
     if code != EXIT_STOPPED or given.asked != "none" or given.once:

@@ -119,8 +119,8 @@ class Cluster:
             self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
             time.sleep(0.5)
 
-    def kill_node(self, name: str) -> None:
-        """Kill a node: its daemon, and all that SLURM has started there, at once."""
+    def kill_node(self, name: str, *, whole: bool) -> None:
+        """Kill a node's daemon and the tasks there, at once; as a `whole` node also those that would tell of the tasks' ends."""
         self.daemons[name].kill()
         self.daemons[name].wait()
         for process in psutil.process_iter(["environ"]):
@@ -128,7 +128,7 @@ class Cluster:
             if here.get("SLURMD_NODENAME") == name and here.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
                 with suppress(psutil.NoSuchProcess):
                     parent = process.parent()
-                    if parent is not None and parent.name().startswith("slurmstepd"):  # it would tell of the task's end
+                    if whole and parent is not None and parent.name().startswith("slurmstepd"):
                         parent.kill()
                     process.kill()
 

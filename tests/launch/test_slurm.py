@@ -158,7 +158,7 @@ def test_a_node_that_dies_without_a_word_is_noticed_before_slurm_does(slurm: Clu
     options = ("--with", "srun", "--nodes", "2", "--gpus", "1", "--time", "9")
     job = submit(slurm, tmp_path, *TWO, *LONG, "train.steps=400", "train.log_every=10", *options)
     reached(tmp_path, 100)
-    slurm.kill_node("node2")
+    slurm.kill_node("node2", whole=False)
     try:
         deadline = time.monotonic() + 100
         while f"distllm: not all nodes answer any more; asking SLURM to requeue job {job}" not in log(tmp_path, job):
