@@ -105,7 +105,7 @@ class Cluster:
         while (facts := self.facts(job)) and (facts["JobState"], facts["Restarts"]) != ("PENDING", str(restarts)):
             assert time.monotonic() < deadline, f"job {job} is {facts['JobState']} after {facts['Restarts']} restarts"
             time.sleep(0.2)
-        while left := _steps_of(job):
+        while left := self.steps_of(job):
             assert time.monotonic() < deadline, f"job {job} is requeued, and there is still {left}"
             time.sleep(0.2)
         self.both_idle()
@@ -119,18 +119,28 @@ class Cluster:
             self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
             time.sleep(0.5)
 
+    def processes(self) -> Iterator[psutil.Process]:
+        """What this cluster has started, and no other on this machine."""
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            if (process.info["environ"] or {}).get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                yield process
+
     def kill_node(self, name: str, *, whole: bool) -> None:
         """Kill a node's daemon and the tasks there, at once; as a `whole` node also those that would tell of the tasks' ends."""
         self.daemons[name].kill()
         self.daemons[name].wait()
-        for process in psutil.process_iter(["environ"]):
-            here = process.info["environ"] or {}
-            if here.get("SLURMD_NODENAME") == name and here.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+        for process in self.processes():
+            if process.info["environ"].get("SLURMD_NODENAME") == name:
                 with suppress(psutil.NoSuchProcess):
                     parent = process.parent()
                     if whole and parent is not None and parent.name().startswith("slurmstepd"):
                         parent.kill()
                     process.kill()
+
+    def steps_of(self, job: str) -> list[str]:
+        """What still runs of a job, as the step daemons call themselves: `slurmstepd: [3.batch]`."""
+        titles = [" ".join(process.info["cmdline"] or ()) for process in self.processes()]
+        return [title for title in titles if title.startswith("slurmstepd") and f"[{job}." in title]
 
     def revive_node(self, name: str) -> None:
         """Start a node's daemon again."""
@@ -147,12 +157,6 @@ class Cluster:
         while self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() != ["idle", "idle"]:
             assert time.monotonic() < deadline, self.run("sinfo", check=False)
             time.sleep(0.2)
-
-
-def _steps_of(job: str) -> list[str]:
-    """What SLURM still runs of a job on this machine, as its step daemons call themselves: `slurmstepd: [3.batch]`."""
-    titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    return [title for title in titles if title.startswith("slurmstepd") and f"[{job}." in title]
 
 
 @contextmanager
@@ -194,6 +198,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for process in found.processes():  # steps of a test that failed
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _daemon(command: list[str], found: Cluster) -> subprocess.Popen[bytes]:
