@@ -211,8 +211,7 @@ def bench(
     command = shlex.join(["distllm", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else f"distllm bench {config}"
     room = Room(gpus, cores(), rank_facts() if world_size() is not None else None)
     code = run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
-    if room.job is not None:
-        report_end(code=code, lines=[])
+    report_end(code=code, lines=[])
     return code
 
 

@@ -22,6 +22,8 @@ from distllm.node_names import expand
 LEDGER = "attempts.jsonl"
 NO_STEP = 213
 """What the script lets srun end with where SLURM cannot start the ranks (SLURM_EXIT_ERROR); no rank ends with it."""
+ANSWER_S = 20
+"""Seconds in which a node must take a task."""
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below the range from which Linux takes ports for outgoing connections
 
 
@@ -113,11 +115,31 @@ def _end(given: argparse.Namespace) -> int:
     code, lines = outcome(reports, code=given.code, size=size)
     for line in lines:
         _say(line)
+    if code not in (0, EXIT_STOPPED) and given.asked == "none" and not given.once:
+        silent = len({report.rank for report in reports}) < size
+        first = first_failure(reports)
+        if silent and (first is None or first.code == EXIT_LOST) and not _nodes_answer(os.environ):
+            return _again(given, "not all nodes answer any more")  # SLURM itself may notice minutes later
     if code not in (0, EXIT_STOPPED) and not given.once:
         _say(f"logs of the ranks: {given.run}/logs/rank-N.log")
     if code != EXIT_STOPPED or given.asked != "none" or given.once:
         return code
     return _again(given, f"stopped at step {newest_step(given.run)} before the time limit")
+
+
+def _nodes_answer(environment: Mapping[str, str]) -> bool:
+    """Whether every node of the job still starts a task. Where they do, a rank that was killed is no matter of the nodes."""
+    nodes = len(expand(environment.get("SLURM_JOB_NODELIST", "localhost")))
+    if nodes == 1:
+        return True  # this script runs there
+    step = ["srun", "--overlap", f"--immediate={ANSWER_S}", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    try:
+        done = subprocess.run([*step, "true"], capture_output=True, text=True, timeout=3 * ANSWER_S, check=False)
+    except OSError:
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0 or "option" in done.stderr  # an older srun that has no --overlap tells nothing
 
 
 def _wrong_nodes(given: argparse.Namespace, nodes: list[str]) -> int:

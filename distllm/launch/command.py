@@ -215,6 +215,8 @@ def _machine(job: Job) -> list[str]:
             f"--with={job.by}: the package {module} is not installed; pip install {module}, or --with torchrun"
         )
     gpus = local_gpus()
+    if job.on == "local" and shutil.which(job.python) is None:
+        found.append(f"--python={told(job.python)}: there is no such program; nearest: {sys.executable}")
     if job.on == "local" and job.device == "cuda" and job.ranks > gpus:
         found.append(f"--gpus={job.ranks}: this machine has {gpus} GPUs; nearest: {max(1, gpus)}, or device=cpu")
     if job.on == "ssh" and shutil.which("ssh") is None:

@@ -128,6 +128,8 @@ def _choices(job: Job) -> list[str]:
     found = []
     if job.on == "local" and job.nodes != 1:
         found.append(f"--nodes={job.nodes}: --on local is this machine alone; nearest: 1, or --on ssh --hosts ...")
+    if job.interface and job.nodes == 1:
+        found.append(f"--interface={told(job.interface)}: the ranks of one node meet on loopback; nearest: leave it out")
     if job.by == "srun" and job.on != "slurm":
         found.append(f"--with=srun: is SLURM's, and this is --on {job.on}; nearest: torchrun, or --on slurm")
     if job.on == "ssh" and not job.hosts:

@@ -140,13 +140,32 @@ def preempted(site: Site, steps: int, unbroken: Path) -> dict[str, Any]:
     return _went_on(site, folder, job, steps, unbroken, began)
 
 
-def killed_node(site: Site, steps: int, unbroken: Path) -> dict[str, Any]:
-    """A node dies: the steps since the last checkpoint are taken again."""
+def node_set_down(site: Site, steps: int, unbroken: Path) -> dict[str, Any]:
+    """A node is set down: SLURM ends the ranks, which save, and requeues the job."""
     began = time.monotonic()
-    folder, job = site.submit("killed-node", f"train.steps={steps}", "--time", "9")
+    folder, job = site.submit("node-down", f"train.steps={steps}", "--time", "9")
     reached(folder / "runs" / "tiny", 100)
     site.slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=benchmark")
     return _went_on(site, folder, job, steps, unbroken, began, early=False)
+
+
+def killed_node(site: Site, steps: int, unbroken: Path) -> dict[str, Any]:
+    """SIGKILL to a node's daemon and all on it: SLURM notices after SlurmdTimeout (120 s here); steps are taken again."""
+    began = time.monotonic()
+    folder, job = site.submit("killed-node", f"train.steps={steps}", "--time", "9")
+    reached(folder / "runs" / "tiny", 100)
+    time.sleep(1.0)  # somewhere between two checkpoints
+    killed = time.monotonic()
+    site.slurm.kill_node("node2", whole=True)
+    try:
+        while site.slurm.facts(job)["Restarts"] != "1":
+            assert time.monotonic() < killed + 200, "the job is not requeued"
+            time.sleep(0.2)
+        noticed = time.monotonic() - killed
+    finally:
+        site.slurm.revive_node("node2")
+    found = _went_on(site, folder, job, steps, unbroken, began)
+    return found | {"seconds_until_requeued": round(noticed, 1)}
 
 
 def time_limit(site: Site, steps: int, unbroken: Path) -> dict[str, Any]:
@@ -192,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--limit-steps", type=int, default=4000, help="steps of the run that meets its time limit")
+    parser.add_argument("--only", default="", help="one scenario, whose figures take their place in the record that is there")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     why = missing()
@@ -199,7 +219,8 @@ def main() -> None:
         sys.exit(why)
     scenarios: dict[str, tuple[Callable[[Site, int, Path], dict[str, Any]], int]] = {
         "normal end": (normal_end, args.steps), "pre-emption and requeue": (preempted, args.steps),
-        "killed node": (killed_node, args.steps), "time limit": (time_limit, args.limit_steps), "array": (array, args.steps),
+        "node set down": (node_set_down, args.steps), "killed node": (killed_node, args.steps),
+        "time limit": (time_limit, args.limit_steps), "array": (array, args.steps),
     }  # fmt: skip
     place, work = Path(tempfile.mkdtemp(prefix="distllm-slurm-")), Path(tempfile.mkdtemp(prefix="distllm-bench-"))
     found: dict[str, Any] = {}
@@ -207,15 +228,19 @@ def main() -> None:
         with cluster(place) as slurm:
             version = slurm.run("sinfo", "--version").strip()
             site = Site(slurm, work)
-            lengths = {args.steps, args.limit_steps}
+            lengths = {steps for name, (_, steps) in scenarios.items() if args.only in ("", name)}
             whole = {steps: site.alone(f"unbroken-{steps}", *TWO, f"train.steps={steps}") for steps in lengths}
             for name, (scenario, steps) in scenarios.items():
+                if args.only not in ("", name):
+                    continue
                 slurm.clear()
                 found[name] = scenario(site, steps, whole[steps])
                 print(f"{name}: {json.dumps(found[name])}", flush=True)
     finally:
         for folder in (place, work):
             shutil.rmtree(folder, ignore_errors=True)
+    if args.only:
+        found = json.loads(args.out.read_text(encoding="utf-8"))["scenarios"] | found
     record = {
         "what": "jobs of two nodes with a gloo rank each on a local SLURM, against the same run unbroken without SLURM",
         "command": " ".join(["python", "docs/benchmarks/slurm.py", *sys.argv[1:]]), "date": date.today().isoformat(),

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NEEDED = ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter")
+NEEDED = ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter", "setpriv")
 NAMES = {"launcher": "10.77.0.254", "node1": "10.77.0.1", "node2": "10.77.0.2"}
 SSHD = """
 Port 22
@@ -43,7 +43,8 @@ def missing() -> str:
         return f"no {', '.join(absent)}: apt-get install openssh-server openssh-client iproute2"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False)
+    links = "ip link add switch type bridge && ip link add one type veth peer name two && mount -t tmpfs none /run"
+    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "sh", "-c", links], capture_output=True, check=False)
     return "" if tried.returncode == 0 else "this machine allows no network namespaces"
 
 

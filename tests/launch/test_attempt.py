@@ -141,6 +141,30 @@ def test_ranks_that_were_not_started_are_requeued(job: Path, capsys: pytest.Capt
     assert (job.parent / "called").read_text() == "scontrol requeue 12\n"
 
 
+def test_a_dead_node_is_told_from_a_killed_rank(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stub(job, "scontrol")
+    stub(job, "srun")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    begin(job)
+    write_report(job, Report(0, "n1", 7, ("lost another rank",)))
+    assert end(job, 7) == 7
+    asked = "srun --overlap --immediate=20 --nodes=2 --ntasks=2 --ntasks-per-node=1 true\n"
+    assert (job.parent / "called").read_text().endswith(asked)
+    stub(job, "srun", 1)
+    assert end(job, 7, "--asked", "TERM") == 7  # scancel
+    assert end(job, 7) == 75
+    assert "not all nodes answer any more; asking SLURM to requeue job 12" in capsys.readouterr().err
+    assert (job.parent / "called").read_text().endswith(asked + "scontrol requeue 12\n")
+    (job.parent / "bin" / "srun").write_text("#!/bin/sh\necho \"srun: unrecognized option '--overlap'\" >&2\nexit 1\n")
+    assert end(job, 7) == 7
+    stub(job, "srun", 1)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    assert end(job, 7) == 7
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    write_report(job, Report(1, "n2", 8, ("out of memory",)))  # it said why
+    assert end(job, 1) == 8
+
+
 def test_a_bench_is_never_requeued(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stub(job, "scontrol")
     run = ["--run", str(job.parent / "run"), "--once"]

@@ -153,6 +153,27 @@ def test_a_rank_that_is_killed_fails_the_job_and_is_named(slurm: Cluster, tmp_pa
     assert "distllm: rank 1 ended without a word: killed (often: out of memory)" in log(tmp_path, job), log(tmp_path, job)
 
 
+def test_a_node_that_dies_without_a_word_is_noticed_before_slurm_does(slurm: Cluster, tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    options = ("--with", "srun", "--nodes", "2", "--gpus", "1", "--time", "9")
+    job = submit(slurm, tmp_path, *TWO, *LONG, "train.steps=400", "train.log_every=10", *options)
+    reached(tmp_path, 100)
+    slurm.kill_node("node2", whole=False)
+    try:
+        deadline = time.monotonic() + 100
+        while f"distllm: not all nodes answer any more; asking SLURM to requeue job {job}" not in log(tmp_path, job):
+            assert time.monotonic() < deadline, log(tmp_path, job)
+            time.sleep(0.2)
+    finally:
+        slurm.revive_node("node2")
+    slurm.requeued(job, restarts=1)
+    slurm.start(job)
+    slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT")
+    assert slurm.state(job) == "COMPLETED", log(tmp_path, job)
+    assert "continuing at step " in log(tmp_path, job)
+    assert list(losses(tmp_path / "runs" / "tiny")) == list(range(10, 401, 10))
+
+
 def test_an_array_is_a_sweep(slurm: Cluster, tmp_path: Path) -> None:
     tiny_config(tmp_path)
     options = ("--with", "srun", "--nodes", "1", "--gpus", "1", "--time", "5", "--sweep", "optim.lr=0.001,0.02", "--no-preflight")
