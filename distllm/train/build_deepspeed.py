@@ -45,7 +45,7 @@ def build_deepspeed(config: Config, world: World, *, spec: ModelSpec, task: Task
         tensors: a call gives the first weights by name, whole.
     """
     model = meta_model(spec)
-    scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
+    scales = learning_rate_scales(model, spec, config.tune)
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
     fill(model, tensors(), device=world.device)
     return DeepSpeedEngine(
