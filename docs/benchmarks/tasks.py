@@ -22,6 +22,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
+from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from distllm.train.inference import open_source
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = str(Path(sys.executable).parent / "distllm")
 SEEDS = (1, 2, 3)
+RATES = ("1e-3", "2e-3", "4e-3")
+"""What the learning rate of fine-tuning, and of the same from random weights, was chosen from by validation accuracy."""
 
 
 def run(words: Sequence[str]) -> None:
@@ -57,8 +61,8 @@ def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], li
     flickr_test = ["--data", f"{flickr}.de", "--target", f"{flickr}.en", "--batch", "64"]
     drama = [f"data.sources.0.path={data}/tinyshakespeare/input.txt"]
     texts = [
-        f"data.sources.0.path={data}/wikitext2/test.txt", f"data.sources.1.path={data}/tinyshakespeare/input.txt",
-        f"data.validation.sources.0.path={data}/wikitext2/valid.txt",
+        f"data.sources.0.path={data}/wikitext2/valid.txt", f"data.sources.1.path={data}/wikitext2/test.txt",
+        f"data.sources.2.path={data}/tinyshakespeare/input.txt",
     ]  # fmt: skip
     runs = work / "runs"
     made: dict[str, tuple[list[str], list[str]]] = {}
@@ -69,9 +73,14 @@ def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], li
     for name in ("transformer", "gru"):
         made[f"multi30k_{name}"] = ([f"configs/multi30k/{name}.yaml", *pairs], flickr_test)
     made["encoder_pretrain"] = (["configs/encoder/pretrain.yaml", *texts], [])
-    made["encoder_finetune"] = (["configs/encoder/finetune.yaml", *sst2, f"model.path={runs}/encoder_pretrain"], test)
-    tokenizer = f"data.tokenizer.path={runs}/encoder_pretrain/tokenizer"
-    made["encoder_scratch"] = (["configs/encoder/scratch.yaml", *sst2, tokenizer], test)
+    for arm, start in (("finetune", "model.path="), ("scratch", "data.tokenizer.path=")):
+        place = f"{runs}/encoder_pretrain" + ("" if arm == "finetune" else "/tokenizer")
+        own = [f"configs/encoder/{arm}.yaml", *sst2, start + place]
+        for rate, seed in product(RATES, SEEDS[:2]):
+            name = f"encoder_{arm}_lr_{rate}_{seed}"
+            made[name] = ([*own, f"optim.lr={rate}", f"seed={seed}", f"name={name}"], [])
+        for seed in (*SEEDS, 4, 5):
+            made[f"encoder_{arm}_{seed}"] = ([*own, f"seed={seed}", f"name=encoder_{arm}_{seed}"], test)
     made["shakespeare_char"] = (["configs/shakespeare_char.yaml", *drama], [])
     for seed in SEEDS:
         own = ["configs/distill/student.yaml", *drama, f"seed={seed}"]
@@ -114,7 +123,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", default="models/all-MiniLM-L6-v2", help="the folder or hub name of the pre-trained encoder")
     parser.add_argument("--work", type=Path, default=Path("task_runs"), help="where runs and token stores go")
-    parser.add_argument("--only", default="", help="names, with commas between them; all")
+    parser.add_argument("--only", default="", help="names or patterns such as encoder_*, with commas between them; all")
     parser.add_argument("--set", nargs="*", default=[], help="further key=value for every training")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
@@ -125,7 +134,7 @@ def main() -> None:
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
     }
     for name, (training, measuring) in plans(args.data.resolve(), work, args.encoder).items():
-        if args.only and name not in args.only.split(","):
+        if args.only and not any(fnmatch(name, pattern) for pattern in args.only.split(",")):
             continue
         folder = work / "runs" / name
         words = [*training, f"out={work}/runs", f"data.store={work}/store", *args.set]
