@@ -27,13 +27,13 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m deepspeed tests/engine
+	$(BIN)/python -m pytest -m deepspeed tests/engine tests/verify tests/bench tests/train
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run launch/*.sh launch/slurm.sbatch
+	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.sbatch
 	$(BIN)/hadolint docker/Dockerfile
 
 bench: setup

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_LOST, EXIT_OK, ConfigError, DataError, DistllmError
-from distllm.faults import EXIT_INTERRUPTED, describe, say, tell, tell_of_rank
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, ConfigError, DataError, DistllmError
+from distllm.faults import EXIT_INTERRUPTED, describe, say, tell
 from distllm.launch_options import launch as launch_command
+from distllm.launched import later_rank, report_end, show_log, world_size
 from distllm.options import (
     Average,
     Beams,
@@ -39,7 +40,6 @@ from distllm.options import (
 
 if TYPE_CHECKING:
     from distllm.config.load import Loaded
-    from distllm.config.schema import Config
 
 _EPILOG = (
     "Exit codes: 0 done · 1 a fault of distllm's own · 2 command line or config · 3 data, tokenizer or model files · "
@@ -83,11 +83,8 @@ def run(argv: list[str]) -> int:
         say(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help")
         return EXIT_CONFIG
     except BaseException as error:  # DCP's CheckpointException is no Exception
-        code = tell(error, debug=debug, silent=_later_rank() and isinstance(error, DistllmError))
-        if "DISTLLM_LAUNCH" in os.environ:
-            from distllm.launched import report_end
-
-            report_end(code=code, lines=describe(error)[0])
+        code = tell(error, debug=debug, silent=later_rank() and isinstance(error, DistllmError))
+        report_end(code=code, lines=describe(error)[0])
         return code
     if code == EXIT_INTERRUPTED and "DISTLLM_INIT_METHOD" not in os.environ:  # of local ranks, the launcher tells it
         say("interrupted")
@@ -112,7 +109,7 @@ def _common(
 def prepare(config: ConfigFile, overrides: Overrides = None) -> int:
     """Turn text into tokens on disk (train does it too, when they are missing)."""
     loaded = _checked(config, overrides)
-    _show_log()
+    show_log()
     from distllm.data.prepare import prepare as prepare_data
 
     prepared = prepare_data(loaded.config, progress=True)
@@ -133,29 +130,13 @@ def train(
     show: Annotated[bool, typer.Option("--print", help="Print the commands that would run, and run nothing.")] = False,
 ) -> int:
     """Train a model here: in one process, on all local devices, or as a rank under torchrun."""
-    from distllm import launch
-    from distllm.config.check import check, ranks_for
-
     loaded = _checked(config, overrides)
-    inherited = _world_size()
     if config.is_dir() and not trust:
         _refuse_own_code(loaded, config)
+    from distllm.train_command import start
+
     argv = ["train", str(config), *(overrides or [])] + ["--trust"] * trust + ["--debug"] * ("--debug" in sys.argv)
-    if inherited is None:
-        count = processes or ranks_for(loaded.config, devices=_local_devices(loaded.config))
-    else:
-        count = inherited
-        if processes not in (None, inherited):
-            raise ConfigError([f"--processes={processes}: a launcher has already started {inherited} (WORLD_SIZE); leave it out"])
-    problems = check(loaded.config, world_size=count)
-    if problems:
-        raise ConfigError(problems)
-    if show:
-        print("\n".join(launch.local_commands(argv, 1 if inherited else count)))
-        return EXIT_OK
-    if inherited is not None or count == 1:
-        return run_train(loaded)
-    return launch.local_ranks(argv, count)
+    return start(loaded, argv, processes=processes, show=show)
 
 
 @app.command(epilog=_EPILOG)
@@ -164,6 +145,7 @@ def verify(
     overrides: Overrides = None,
     ranks: Annotated[str, typer.Option(help="Try every layout on these numbers of ranks.")] = "1,2,4,8",
     layouts: Annotated[str | None, typer.Option(help='Try these instead: "tp=2,pp=2;dp_shard=4".')] = None,
+    engines: Annotated[str | None, typer.Option(help="native, deepspeed, or both with commas; else native and CONFIG's.")] = None,
     precision: Annotated[str, typer.Option(help="fp64, fp32, bf16, or several with commas.")] = "fp64",
     steps: Annotated[int, typer.Option(min=2, help="Steps of each layout.")] = 3,
     planted_faults: Annotated[bool, typer.Option("--planted-faults", help="Plant known bugs; each must be caught.")] = False,
@@ -172,15 +154,16 @@ def verify(
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one layout.")] = 300.0,
     trust: Annotated[bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")] = False,
 ) -> int:
-    """Prove on a small model of the same kind that every layout computes what one process computes."""
+    """Prove on a small model of the same kind that every layout and engine computes what one process computes."""
     from distllm.verify.asked import options_of
 
     loaded = _checked(config, overrides)
     if config.is_dir() and not trust:
         _refuse_own_code(loaded, config)
     options = options_of(
-        ranks=ranks, layouts=layouts, precision=precision, steps=steps, faults=planted_faults, device=device, timeout_s=timeout
-    )
+        ranks=ranks, layouts=layouts, precision=precision, steps=steps, faults=planted_faults, device=device, timeout_s=timeout,
+        engines=f"native,{loaded.config.engine.name}" if engines is None else engines,
+    )  # fmt: skip
     from distllm.verify.command import verify as run_verify
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-verify"
@@ -226,8 +209,10 @@ def bench(
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-bench"
     command = shlex.join(["distllm", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else f"distllm bench {config}"
-    room = Room(gpus, cores(), rank_facts() if _world_size() is not None else None)
-    return run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
+    room = Room(gpus, cores(), rank_facts() if world_size() is not None else None)
+    code = run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
+    report_end(code=code, lines=[])
+    return code
 
 
 @app.command("eval", epilog=_EPILOG)
@@ -261,7 +246,7 @@ def evaluate(
     for file in text or []:
         if not file.is_file():
             raise DataError(f"{file}: no such text file")
-    _show_log()
+    show_log()
     from distllm.train import tell
     from distllm.train.ensemble import open_ensemble
     from distllm.train.evaluate_source import Measured, On, measure
@@ -328,7 +313,7 @@ def predict(
         must_exist(name)
     if not input.is_file():
         raise DataError(f"--input={input}: no such file")
-    _show_log()
+    show_log()
     from distllm.generate import Sampling
     from distllm.train.ensemble import open_ensemble
     from distllm.train.files import Columns, check_output
@@ -439,7 +424,7 @@ def explain(
     from distllm.config.load import load
 
     loaded = load(config, [word for word in words or [] if "=" in word])
-    ranks = processes or _world_size() or ranks_for(loaded.config, devices=0)
+    ranks = processes or world_size() or ranks_for(loaded.config, devices=0)
     if deepspeed:
         print(explaining.deepspeed(loaded.config, ranks=ranks))
         return EXIT_OK
@@ -479,64 +464,6 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
     return EXIT_OK
 
 
-def run_train(loaded: Loaded) -> int:
-    """Train as this rank of the world that the environment describes; errors are told here, once over all ranks.
-
-    Args:
-        loaded: a config that has passed `check`.
-
-    Returns:
-        The exit code. A rank of many does not return: it leaves the process with that code.
-    """
-    from distllm.launched import requests_held
-
-    _show_log()
-    with requests_held():  # before torch is imported: a request that comes early is obeyed after the first step
-        return _run_rank(loaded)
-
-
-def _run_rank(loaded: Loaded) -> int:
-    from distllm import comm
-    from distllm.jobs import mark
-    from distllm.launched import report_end, tried_first
-    from distllm.train.build import build
-    from distllm.train.loop import train as train_loop
-    from distllm.train.signals import hold_sigterm
-    from distllm.watch.watch import Watch
-
-    config, lines, began = loaded.config, [], False
-    folder = Path(config.out) / config.name
-    try:
-        world = comm.start(config.device, timeout_s=config.train.timeout_s)
-    except DistllmError:
-        raise
-    except ValueError as error:  # a device that this machine does not have
-        raise ConfigError([str(error)]) from error
-    watch = Watch(
-        world, lost_s=config.train.lost_s, stall_s=config.train.stall_s,
-        leaving=lambda: report_end(code=EXIT_LOST, lines=["lost another rank"]),
-    )  # fmt: skip
-    if world.size > 1:
-        hold_sigterm(world.place)
-    try:
-        tried_first(world, shared=Path(config.out))
-        run = build(config, world)
-        mark(folder, "running", world=world)
-        began = True
-        code = train_loop(run)
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    except BaseException as error:  # DCP's CheckpointException is no Exception
-        lines = describe(error)[0]
-        code = tell_of_rank(error, watch, world=world, debug="--debug" in sys.argv)
-    watch.stop()
-    if began:  # what was refused may name a folder that holds another run
-        mark(folder, "ended", world=world, code=code)
-    report_end(code=code, lines=lines)
-    comm.stop(world, code=code)
-    return code
-
-
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -563,36 +490,6 @@ def _refuse_own_code(loaded: Loaded, folder: Path) -> None:
     refuse_own_code(loaded.config.model_copy(update={"model": model}), where=folder)
 
 
-def _show_log() -> None:
-    """Show what distllm says on its way, such as that a text has changed; of many ranks the first does."""
-    from distllm.track.log import show_lines
-
-    if not _later_rank():
-        show_lines()
-
-
-def _world_size() -> int | None:
-    """The number of ranks that a launcher has started; None where nobody has."""
-    from distllm.rank_facts import rank_facts
-
-    try:
-        facts = rank_facts()
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    return None if facts is None else facts.size
-
-
-def _later_rank() -> bool:
-    """Whether another rank of the job tells what all ranks would."""
-    from distllm.rank_facts import rank_facts
-
-    try:
-        facts = rank_facts()
-    except ValueError:  # each is told that it would train by itself, by the first task of srun alone
-        return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
-    return facts is not None and facts.rank > 0
-
-
 def _unused_gpus() -> int:
     """The GPUs of this machine, counted without starting CUDA where there is a driver at all."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
@@ -600,12 +497,3 @@ def _unused_gpus() -> int:
     from distllm.verify.asked import gpus
 
     return gpus()
-
-
-def _local_devices(config: Config) -> int:
-    """The accelerators of this machine; torch is asked only where a driver is."""
-    if config.device == "cpu" or not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()

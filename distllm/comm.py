@@ -129,6 +129,12 @@ def meeting_store(facts: RankFacts, *, timeout_s: float) -> dist.Store:
 
 def _use_interface(address: str) -> None:
     """Let gloo listen where the job's network is: by itself it takes what the host's own name resolves to."""
+    given = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    here = [name for _, name in socket.if_nameindex()]
+    for one in filter(None, given.split(",")):
+        if one not in here:  # gloo's ranks would only say that they lost each other
+            near = next((name for name in here if name != "lo"), "lo")
+            raise ValueError(f"GLOO_SOCKET_IFNAME={one}: this machine has no such network interface; nearest: {near}")
     name = interface_toward(address)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from distllm.config.errors import ConfigError
+from distllm.launch.words import told
 from distllm.options import ConfigFile, Overrides
 
 
 def launch(
+    context: typer.Context,
     config: ConfigFile,
     overrides: Overrides = None,
     on: Annotated[str, typer.Option(help="Where: local (this machine), ssh or slurm.")] = "local",
@@ -22,6 +25,9 @@ def launch(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Ranks of a machine, one a GPU; else as the layout says.")
     ] = None,
+    command: Annotated[
+        str, typer.Option(help="What the job does: train or bench; bench's own options come last, behind --.")
+    ] = "train",
     show: Annotated[bool, typer.Option("--print", help="Print the script that would run, and run nothing.")] = False,
     hosts: Annotated[str, typer.Option(help="For ssh: the nodes, such as n1,n2 or me@n[01-04].")] = "",
     hostfile: Annotated[Path | None, typer.Option(help="For ssh: a file with a line `node1 slots=8` a node.")] = None,
@@ -53,18 +59,54 @@ def launch(
         bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")
     ] = False,
 ) -> int:
-    """Start the same training on many devices: by torchrun, deepspeed, accelerate or srun, here, by ssh or by SLURM."""
+    """Start the same training, or a bench, on many devices: by torchrun, deepspeed, accelerate or srun, here, by ssh or SLURM."""
     from distllm.launch.command import Asked
     from distllm.launch.command import launch as start
     from distllm.launch.job import Slurm
 
     more = tuple((key, value) for key, _, value in (text.partition("=") for text in slurm or []))
+    words = overrides or []
+    values = _values_of_bench(context, [str(config), *words]) if command == "bench" else _values_of_train(words)
     given = Slurm(
         partition=partition, account=account, qos=qos, time=time, cpus=cpus, lead_s=lead, attempts=attempts, at_once=at_once,
         options=more,
     )  # fmt: skip
     asked = Asked(
         on, by, nodes, gpus, hosts, hostfile, address, port, interface, tuple(forward or ()), python, preflight,
-        tuple(sweep or ()), given,
+        tuple(sweep or ()), given, command, tuple(words),
     )  # fmt: skip
-    return start(config, overrides or [], asked, show=show, debug="--debug" in sys.argv, trust=trust)
+    return start(config, values, asked, show=show, debug="--debug" in sys.argv, trust=trust)
+
+
+def _values_of_train(words: list[str]) -> list[str]:
+    """The `key=value` words; a training has no options here."""
+    option = next((word for word in words if word.startswith("-")), None)
+    if option is not None:
+        rule = "is no key=value, and only --command bench takes options behind --"
+        raise ConfigError([f"{told(option)}: {rule}; nearest: leave it out"])
+    return words
+
+
+def _values_of_bench(context: typer.Context, words: list[str]) -> list[str]:
+    """Read the command line of a bench as bench itself will, so that what is wrong is told before a job waits in a queue.
+
+    Args:
+        context: of `distllm launch`; its parent knows the command bench.
+        words: what follows `bench`.
+
+    Returns:
+        The `key=value` words among them.
+
+    Raises:
+        ConfigError: an option has a value that cannot be.
+    """
+    from distllm.bench.asked import options_of
+
+    parent = context.parent
+    bench = getattr(parent, "command").get_command(parent, "bench")  # noqa: B009 (a group's, which the type does not say)
+    given = bench.make_context("bench", words, parent=parent).params
+    options_of(
+        grid=given["grid"] or [], steps=given["steps"], warmup=given["warmup"], data=given["data"], against=given["against"],
+        rounds=given["rounds"], compare=given["compare"], timeout_s=given["timeout"],
+    )  # fmt: skip
+    return list(given["overrides"] or [])

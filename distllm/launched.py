@@ -1,4 +1,4 @@
-"""What a rank does for the launcher that started it: it tries the job's surroundings first, and says how it ended."""
+"""What a rank does for the launcher that started it: it asks who it is, tries its surroundings, and says how it ended."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distllm.config.errors import ConfigError
 from distllm.launch.reports import Report, tell_torchrun, write_report
 from distllm.rank_facts import node_name, rank_facts
 
@@ -66,6 +67,32 @@ def report_end(*, code: int, lines: Sequence[str]) -> None:
     folder = os.environ.get("DISTLLM_LAUNCH")
     if folder:
         write_report(Path(folder), Report(_rank(), node_name(), code, tuple(lines), time.time()))
+
+
+def show_log() -> None:
+    """Show what distllm says on its way, such as that a text has changed; of many ranks the first does."""
+    from distllm.track.log import show_lines
+
+    if not later_rank():
+        show_lines()
+
+
+def world_size() -> int | None:
+    """The number of ranks that a launcher has started; None where nobody has."""
+    try:
+        facts = rank_facts()
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    return None if facts is None else facts.size
+
+
+def later_rank() -> bool:
+    """Whether another rank of the job tells what all ranks would."""
+    try:
+        facts = rank_facts()
+    except ValueError:  # each is told that it would train by itself, by the first task of srun alone
+        return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
+    return facts is not None and facts.rank > 0
 
 
 def _rank() -> int:

@@ -10,27 +10,29 @@ import signal
 
 import pytest
 
-from tests.launch.cluster import missing
+from tests.launch import cluster, hosts
 
-_WHY = pytest.StashKey[str]()
+_WHY = pytest.StashKey[list[str]]()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests of SLURM out, and say why, where there can be none."""
-    wanted = [item for item in items if item.get_closest_marker("slurm")]
-    why = missing() if wanted else ""
-    if why:
-        items[:] = [item for item in items if item not in wanted]
-        config.hook.pytest_deselected(items=wanted)
-        config.stash[_WHY] = f"{len(wanted)} tests of SLURM are left out: {why}"
+    """Leave the tests of SLURM and of real ssh out, and say why, where there can be none."""
+    config.stash[_WHY] = []
+    for marker, name, missing in (("slurm", "SLURM", cluster.missing), ("hosts", "real ssh", hosts.missing)):
+        wanted = [item for item in items if item.get_closest_marker(marker)]
+        why = missing() if wanted else ""
+        if why:
+            items[:] = [item for item in items if item not in wanted]
+            config.hook.pytest_deselected(items=wanted)
+            config.stash[_WHY].append(f"{len(wanted)} tests of {name} are left out: {why}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The reason for what was left out."""
-    if _WHY in config.stash:
-        terminalreporter.write_line(config.stash[_WHY])
+    for line in config.stash.get(_WHY, []):
+        terminalreporter.write_line(line)
 
 

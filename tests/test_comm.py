@@ -104,9 +104,12 @@ def test_the_interface_is_the_one_that_leads_to_the_meeting_point(monkeypatch: p
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     comm._use_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,lo")
     comm._use_interface("127.0.0.1")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"  # the user's choice stands
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo,lo"  # the user's choice stands
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,no-such")
+    with pytest.raises(ValueError, match=r"^GLOO_SOCKET_IFNAME=no-such: this machine has no such network interface; nearest: "):
+        comm._use_interface("127.0.0.1")
     assert interface_toward("no-such.invalid") is None
 
 

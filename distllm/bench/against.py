@@ -54,10 +54,10 @@ def problem(config: Config) -> str | None:
 
 
 def plain_data_parallel(config: Config, ranks: int) -> Config:
-    """The config with replicas and nothing else, which every side has."""
+    """The config with replicas and nothing else, which every side has, under the native engine."""
     layout = type(config.layout)(dp_replicate=ranks, dp_shard=1)
     train = config.train.model_copy(update={"compile": False})
-    return config.model_copy(update={"layout": layout, "train": train})
+    return config.model_copy(update={"layout": layout, "train": train, "engine": type(config.engine)()})
 
 
 @dataclass(frozen=True)

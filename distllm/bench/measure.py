@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ from distllm.comm import World
 from distllm.config.check import resolve_layout
 from distllm.config.errors import EXIT_MEMORY, DistllmError
 from distllm.data.loader import Step, step_batches
-from distllm.engine.native import DTYPES, NativeEngine
+from distllm.engine.base import Engine
+from distllm.engine.deepspeed_start import load
+from distllm.engine.native import DTYPES
 from distllm.faults import describe, one_line
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.track.meter import peak_memory
 from distllm.track.peaks import peak_flops
 from distllm.train.build import build_engine, refuse_too_large
+from distllm.train.build_deepspeed import build_deepspeed, require_deepspeed
 from distllm.train.host import seed_rank, tune_host
 from distllm.train.tasks import make_task
 from distllm.train.tune import first_tensors
@@ -78,9 +82,11 @@ def measure(case: Case, world: World, *, steps: int, warmup: int) -> RankFigures
 
     Raises:
         OutOfMemory: the model or its step is too large.
-        ConfigError: the layout does not fit the model. A collective call.
+        ConfigError: the layout does not fit the model, or DeepSpeed is not installed. A collective call.
     """
     try:
+        if case.config.engine.name == "deepspeed":
+            require_deepspeed()
         tune_host(case.config, world)
         figures = _trained(case, world, steps=steps, warmup=warmup)
         gc.collect()  # the model is gone when the products take their memory
@@ -96,12 +102,13 @@ def _trained(case: Case, world: World, *, steps: int, warmup: int) -> RankFigure
     """All figures but the rate of matrix products, which would leave its mark on the memory of a small model."""
     config, device = case.config, world.device
     torch._inductor.config.compile_threads = 1  # this process is forked and may have no pool
+    if config.engine.name == "deepspeed":
+        load(world)  # its code is no memory of the model's
     base = resident()
     resolved = resolve_layout(config, world.size)
     refuse_too_large(config, case.spec, world, shards=resolved.shards)
     mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})
-    tensors = first_tensors(case.plain, case.spec, seed=config.seed)
-    engine = build_engine(config, world, mesh=mesh, spec=case.spec, task=make_task(config), tensors=tensors)
+    engine = _built(case, world, mesh)
     seed_rank(config.seed, dp_rank=mesh.dp_rank, step=0)
     samples = case.samples(resolved)
     batches = step_batches(
@@ -120,12 +127,21 @@ def _trained(case: Case, world: World, *, steps: int, warmup: int) -> RankFigure
     )  # fmt: skip
 
 
-def _step(engine: NativeEngine, data: Step) -> torch.Tensor:
+def _built(case: Case, world: World, mesh: Mesh) -> Engine:
+    """The engine of a training run."""
+    config, spec, task = case.config, case.spec, make_task(case.config)
+    first = partial(first_tensors, case.plain, spec, seed=config.seed)
+    if config.engine.name == "deepspeed":
+        return build_deepspeed(config, world, mesh=mesh, spec=spec, task=task, tensors=first)
+    return build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=first())
+
+
+def _step(engine: Engine, data: Step) -> torch.Tensor:
     return engine.train_step(data.microbatches, samples=data.samples).loss
 
 
 def _timed(
-    engine: NativeEngine, batches: Generator[Step], world: World, *, steps: int
+    engine: Engine, batches: Generator[Step], world: World, *, steps: int
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...], float, torch.Tensor]:
     """(seconds of each step, of waiting for data, tokens, CPU-seconds of all, the last loss).
 
@@ -162,7 +178,7 @@ def _timed(
     return tuple(seconds), tuple(waits), tuple(tokens), time.process_time() - begin, loss
 
 
-def _sent(engine: NativeEngine, batches: Generator[Step], mesh: Mesh) -> dict[str, tuple[int, int]]:
+def _sent(engine: Engine, batches: Generator[Step], mesh: Mesh) -> dict[str, tuple[int, int]]:
     """What this rank sends in one more step, which is not timed: looking at every operation takes time."""
     data = next(batches)
     with Recorder(mesh) as recorder:

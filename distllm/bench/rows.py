@@ -33,6 +33,7 @@ class Row:
         config, ranks = self.cell.config, self.cell.ranks
         told: dict[str, Any] = {
             "name": self.cell.name, "grid": dict(self.cell.point), "ranks": ranks, "status": self.status, "why": self.why,
+            "engine": config.engine.name, "zero_stage": _zero_stage(self.cell),
             "layout": _layout(self.cell), "micro_batch": config.train.micro_batch, "seq_len": config.data.seq_len,
             "global_batch": _global_batch(self.cell), "precision": config.precision.compute,
             "activation": config.activation.mode, "compile": config.train.compile, "seconds": self.seconds,
@@ -75,6 +76,11 @@ def _layout(cell: Cell) -> dict[str, int]:
         return {}
     sizes = resolve_layout(cell.config, cell.ranks).sizes()
     return {axis: sizes[axis] for axis in AXES if sizes[axis] > 1}
+
+
+def _zero_stage(cell: Cell) -> int | None:
+    engine = cell.config.engine
+    return engine.zero_stage if engine.name == "deepspeed" else None
 
 
 def _global_batch(cell: Cell) -> int | None:

@@ -68,6 +68,8 @@ class TuneConfig(Section):
     """For top: how many of the last blocks learn."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Layer-wise decay of the learning rate: a block k below the head learns at lr * layer_decay ** k, the embeddings below the first block."""
+    embedding_rate: Annotated[float, Field(gt=0.0)] = 1.0
+    """What the learning rate of embedding tables is multiplied by. Tables that grew in pre-training need more of it: a norm follows them, so a step changes what they say the less the larger they are."""
     lora: LoraConfig = LoraConfig()
 
 
@@ -186,6 +188,8 @@ class CleanConfig(Section):
 
     unicode: Literal["none", "NFC", "NFKC", "NFD", "NFKD"] = "none"
     """The Unicode normal form."""
+    lowercase: bool = False
+    """Write everything in lower case. What the model is asked later, by prediction or evaluation, is cleaned in the same way."""
     control: bool = False
     """Drop control characters but tab and newline, and zero-width ones."""
     whitespace: bool = False

@@ -22,16 +22,19 @@ INLINE = frozenset({
 def clean(text: str, config: CleanConfig) -> str:
     """Clean a text as the config asks; unchanged where all is off.
 
-    HTML goes first, as an entity can stand for a control character, and white space last, as dropping leaves gaps.
+    HTML goes first, as an entity can stand for a control character; lower case after the Unicode form, which can make capitals
+    (NFKC of a mathematical A); and white space last, as dropping leaves gaps.
 
     Args:
         text: any text.
-        config: which of the four steps to take.
+        config: which of the five steps to take.
     """
     if config.html:
         text = visible(text)
     if config.unicode != "none":
         text = unicodedata.normalize(config.unicode, text)
+    if config.lowercase:
+        text = text.lower()
     if config.control:
         text = CONTROL.sub("", text)
     if config.whitespace:

@@ -263,7 +263,8 @@ def spec_digest(config: TokenizerConfig, *, roles: bool = False) -> str:
     if config.kind == "bpe":
         facts = f"bpe {config.vocab_size} {config.train_bytes}"
     elif config.kind == "hf" and config.path and os.path.isdir(config.path):
-        facts = "hf " + " ".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(config.path).glob("*token*")))
+        files = sorted(f for f in Path(config.path).glob("*token*") if f.is_file())  # a run keeps its own in a folder `tokenizer`
+        facts = "hf " + " ".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)
     elif config.kind == "hf" and config.path and os.path.isfile(config.path):
         facts = "hf " + hashlib.sha256(Path(config.path).read_bytes()).hexdigest()
     else:

@@ -133,6 +133,12 @@ class DeepSpeedEngine:
         return (Skipped(samples, f"the {what} is not finite"),)
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """torch's, whose parameters are this rank's flat pieces."""
+        found: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        return found
+
+    @property
     def step(self) -> int:
         """Updates taken; every verdict is known."""
         return self.updates

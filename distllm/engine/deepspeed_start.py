@@ -56,6 +56,26 @@ class ModelParallelUnit:
         return self._mesh.sizes["tp"]
 
 
+def load(world: World) -> Any:
+    """DeepSpeed as a module, quiet; the first call takes seconds and a hundred megabytes.
+
+    Args:
+        world: this rank's facts.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks there, though it is given everything
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls names that torch has deprecated, at every collective.
+    warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\..*")
+    import deepspeed
+    import deepspeed.ops
+    import torch._inductor.compile_fx  # noqa: F401  # its start does, though it compiles nothing
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and not used in training
+    return deepspeed
+
+
 def initialize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -78,16 +98,7 @@ def initialize(
     Raises:
         ConfigError: DeepSpeed has no fp16 here, or does not do as it was told.
     """
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks there, though it is given everything
-    if world.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls names that torch has deprecated, at every collective.
-    warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\..*")
-    import deepspeed
-    import deepspeed.ops
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and not used in training
+    deepspeed = load(world)
     if not dist.is_initialized():  # a world of one
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

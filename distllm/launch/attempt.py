@@ -15,11 +15,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from distllm.config.errors import EXIT_CONFIG, EXIT_STOPPED, EXIT_STUCK
-from distllm.launch.reports import clear_reports, outcome, read_reports
+from distllm.config.errors import EXIT_CONFIG, EXIT_LOST, EXIT_STOPPED, EXIT_STUCK
+from distllm.launch.reports import clear_reports, first_failure, outcome, read_reports
 from distllm.node_names import expand
 
 LEDGER = "attempts.jsonl"
+NO_STEP = 213
+"""What the script lets srun end with where SLURM cannot start the ranks (SLURM_EXIT_ERROR); no rank ends with it."""
+ANSWER_S = 20
+"""Seconds in which a node must take a task."""
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below the range from which Linux takes ports for outgoing connections
 
 
@@ -30,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the launch's folder")
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--attempts", type=int, default=3)
+    parser.add_argument("--once", action="store_true", help="what the job does is not continued: nothing is requeued")
+    parser.add_argument("--nodes", type=int, default=0, help="as asked for; 0 takes what there are")
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("--asked", default="none")
@@ -88,11 +94,13 @@ def port_is_free(port: int) -> bool:
 def _begin(given: argparse.Namespace) -> int:
     folder, step = given.folder, newest_step(given.run)
     folder.mkdir(parents=True, exist_ok=True)
-    if stuck(folder / LEDGER, now=step, attempts=given.attempts):
+    if not given.once and stuck(folder / LEDGER, now=step, attempts=given.attempts):
         return _tell_stuck(given, step)
     clear_reports(folder)
     _write(folder / LEDGER, {"step": step, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))})
     nodes = expand(os.environ.get("SLURM_JOB_NODELIST", "localhost"))
+    if given.nodes not in (0, len(nodes)):
+        return _wrong_nodes(given, nodes)
     (folder / "hostfile").write_text("".join(f"{node} slots={given.slots}\n" for node in nodes), encoding="utf-8")
     address, port = meeting_point(os.environ)
     print(address, port)
@@ -101,23 +109,61 @@ def _begin(given: argparse.Namespace) -> int:
 
 def _end(given: argparse.Namespace) -> int:
     size = int(os.environ.get("DISTLLM_RANKS", "1"))
-    code, lines = outcome(read_reports(given.folder), code=given.code, size=size)
+    reports = read_reports(given.folder)
+    if given.code == NO_STEP and first_failure(reports) is None and given.asked == "none" and not given.once:
+        return _again(given, "SLURM did not start the ranks on all nodes, see srun's line above")
+    code, lines = outcome(reports, code=given.code, size=size)
     for line in lines:
         _say(line)
-    if code not in (0, EXIT_STOPPED):
+    if code not in (0, EXIT_STOPPED) and given.asked == "none" and not given.once:
+        silent = len({report.rank for report in reports}) < size
+        first = first_failure(reports)
+        if silent and (first is None or first.code == EXIT_LOST) and not _nodes_answer(os.environ):
+            return _again(given, "not all nodes answer any more")  # SLURM itself may notice minutes later
+    if code not in (0, EXIT_STOPPED) and not given.once:
         _say(f"logs of the ranks: {given.run}/logs/rank-N.log")
-    if code != EXIT_STOPPED or given.asked != "none":
+    if code != EXIT_STOPPED or given.asked != "none" or given.once:
         return code
+    return _again(given, f"stopped at step {newest_step(given.run)} before the time limit")
+
+
+def _nodes_answer(environment: Mapping[str, str]) -> bool:
+    """Whether every node of the job still starts a task. Where they do, a rank that was killed is no matter of the nodes."""
+    nodes = len(expand(environment.get("SLURM_JOB_NODELIST", "localhost")))
+    if nodes == 1:
+        return True  # this script runs there
+    step = ["srun", "--overlap", f"--immediate={ANSWER_S}", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    try:
+        done = subprocess.run([*step, "true"], capture_output=True, text=True, timeout=3 * ANSWER_S, check=False)
+    except OSError:
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0 or "option" in done.stderr  # an older srun that has no --overlap tells nothing
+
+
+def _wrong_nodes(given: argparse.Namespace, nodes: list[str]) -> int:
+    """Do not start on other nodes than the ranks were counted for; a job that lost one may come back without it."""
+    count = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes[:8])})"
+    why = f"SLURM gave {count} where {given.nodes} were asked for"
+    if given.once:
+        _say(f"{why}; nearest: submit it again")
+        return EXIT_LOST
+    return _again(given, why) or EXIT_STOPPED  # not 0, with which the script would go on
+
+
+def _again(given: argparse.Namespace, why: str) -> int:
+    """Go on in another attempt, if those before it came any further."""
     step = newest_step(given.run)
     if stuck(given.folder / LEDGER, now=step, attempts=given.attempts):
+        _say(why)
         return _tell_stuck(given, step)
-    return _requeue(given, step)
+    return _requeue(given, why)
 
 
-def _requeue(given: argparse.Namespace, step: int) -> int:
+def _requeue(given: argparse.Namespace, again: str) -> int:
     """Ask for the next attempt: the same job again, else a new job from the same script, else by exit code 75."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    again = f"stopped at step {step} before the time limit"
     _say(f"{again}; asking SLURM to requeue job {job}")
     if _runs(["scontrol", "requeue", job]):
         return EXIT_STOPPED  # SLURM ends this script now

@@ -18,7 +18,7 @@ from distllm.launch.commands import Place, command, hostfile
 from distllm.launch.devices import local_gpus
 from distllm.launch.family import Request, run_family
 from distllm.launch.hosts import read_hostfile, read_hosts
-from distllm.launch.job import LAUNCHERS, PLACES, Job, Slurm, problems
+from distllm.launch.job import COMMANDS, LAUNCHERS, PLACES, Job, Slurm, problems
 from distllm.launch.reports import outcome, read_reports
 from distllm.launch.sbatch import sbatch_script
 from distllm.launch.script import local_script, ssh_script
@@ -52,6 +52,9 @@ class Asked:
     preflight: bool = True
     sweep: tuple[str, ...] = ()
     slurm: Slurm = field(default_factory=Slurm)
+    command: str = "train"
+    words: tuple[str, ...] = ()
+    """What follows the config: `key=value` each, and of a bench its options."""
 
 
 def launch(config: Path, overrides: list[str], asked: Asked, *, show: bool, debug: bool, trust: bool) -> int:
@@ -71,7 +74,7 @@ def launch(config: Path, overrides: list[str], asked: Asked, *, show: bool, debu
     Raises:
         ConfigError: all that is wrong with the config, the options or this machine; nothing has been started.
     """
-    words = ["train", str(config), *overrides] + ["--trust"] * trust + ["--debug"] * debug
+    words = [asked.command, str(config), *(asked.words or overrides)] + ["--trust"] * trust + ["--debug"] * debug
     job = _job(config, overrides, asked, words=tuple(words))
     if show:
         print(text_of(job), end="")
@@ -105,6 +108,8 @@ def run_local(job: Job) -> int:
             code = run_family(command(job, place), environment=os.environ | found, request=request)
         if code == 130:
             return code
+        if request.stop.is_set() and not job.resumes:
+            return 130
         code, lines = outcome(read_reports(Path(folder)), code=code, size=job.size)
     for line in lines:
         print(f"distllm: {line}", file=sys.stderr, flush=True)
@@ -124,6 +129,8 @@ def _job(config: Path, overrides: list[str], asked: Asked, *, words: tuple[str, 
     loaded = load(config, overrides)
     hosts, slots = _hosts(asked)
     nodes = asked.nodes or len(hosts) or 1
+    trains = asked.command == "train"
+    name = loaded.config.name + ("" if trains else f"-{asked.command}")
     runs = grid(list(asked.sweep))
     if runs and asked.on != "slurm":
         raise ConfigError(
@@ -131,22 +138,23 @@ def _job(config: Path, overrides: list[str], asked: Asked, *, words: tuple[str, 
         )
     ranks = _ranks(loaded.config, asked, nodes=nodes, slots=slots)
     job = Job(
-        loaded.config.name, loaded.config.out, words, asked.on, asked.by, nodes=nodes, ranks=ranks,
+        name, loaded.config.out, words, asked.on, asked.by, nodes=nodes, ranks=ranks,
         device=_device(loaded.config, asked.on), python=asked.python, threads=max(1, cores() // ranks), hosts=hosts,
         address=asked.address, port=asked.port, interface=asked.interface,
         forward=() if asked.on == "local" else forwarded(os.environ, [n for n in asked.forward if VARIABLE.fullmatch(n)]),
-        folder=os.getcwd() if asked.on == "ssh" else "", preflight=asked.preflight, slurm=replace(asked.slurm, sweep=runs),
+        folder=os.getcwd() if asked.on == "ssh" else "", preflight=asked.preflight and trains,
+        slurm=replace(asked.slurm, sweep=runs),
     )  # fmt: skip
     wrong = [n for n in asked.forward if not VARIABLE.fullmatch(n)]
     found = problems(replace(job, forward=(*job.forward, *wrong)))
-    found += _config_problems(config, overrides, runs, size=job.size)
+    found += _config_problems(config, overrides, runs, size=job.size if trains else None)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
     return job
 
 
-def _config_problems(config: Path, overrides: list[str], runs: tuple[tuple[str, ...], ...], *, size: int) -> list[str]:
-    """What is wrong with the config for this number of ranks; of a sweep, with that of every run."""
+def _config_problems(config: Path, overrides: list[str], runs: tuple[tuple[str, ...], ...], *, size: int | None) -> list[str]:
+    """What is wrong with the config for this number of ranks, if it is known; of a sweep, with that of every run."""
     from distllm.config.check import check
     from distllm.config.load import load
 
@@ -159,12 +167,15 @@ def _config_problems(config: Path, overrides: list[str], runs: tuple[tuple[str, 
 
 def _refuse_unknown(asked: Asked) -> None:
     found = []
-    for key, value, known in (("--on", asked.on, PLACES), ("--with", asked.by, LAUNCHERS)):
+    given = (("--on", asked.on, PLACES), ("--with", asked.by, LAUNCHERS), ("--command", asked.command, COMMANDS))
+    for key, value, known in given:
         if value not in known:
             near = (difflib.get_close_matches(value, known, n=1, cutoff=0.3) or known)[0]
             found.append(f"{key}={told(value)}: must be one of {', '.join(known)}; nearest: {near}")
     if (asked.hosts or asked.hostfile) and asked.on != "ssh":
         found.append(f"--hosts: is for --on ssh, and this is --on {told(asked.on)}; nearest: leave it out")
+    if asked.sweep and asked.command == "bench":
+        found.append(f"--sweep={told(asked.sweep[0])}: is of trainings; nearest: --command bench -- --grid")
     if asked.hosts and asked.hostfile:
         found.append("--hostfile: is another way to say --hosts; nearest: one of them")
     if found:
@@ -204,6 +215,8 @@ def _machine(job: Job) -> list[str]:
             f"--with={job.by}: the package {module} is not installed; pip install {module}, or --with torchrun"
         )
     gpus = local_gpus()
+    if job.on == "local" and shutil.which(job.python) is None:
+        found.append(f"--python={told(job.python)}: there is no such program; nearest: {sys.executable}")
     if job.on == "local" and job.device == "cuda" and job.ranks > gpus:
         found.append(f"--gpus={job.ranks}: this machine has {gpus} GPUs; nearest: {max(1, gpus)}, or device=cpu")
     if job.on == "ssh" and shutil.which("ssh") is None:
@@ -216,5 +229,6 @@ def _submit(job: Job) -> int:
     print(f"job      {number}")
     print(f"script   {script}")
     print(f"log      {job.name}-{number}" + ("_N.log" if job.slurm.sweep else ".log"))
-    print(f"next     distllm jobs {job.out}; to stop it: scancel {number}")
+    watch = f"distllm jobs {job.out}" if job.resumes else f"squeue -j {number}"
+    print(f"next     {watch}; to stop it: scancel {number}")
     return EXIT_OK

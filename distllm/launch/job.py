@@ -11,6 +11,7 @@ from distllm.node_names import NAME
 
 PLACES = ("local", "ssh", "slurm")
 LAUNCHERS = ("torchrun", "deepspeed", "accelerate", "srun")
+COMMANDS = ("train", "bench")
 _TIME = re.compile(r"\d{1,6}(:[0-5]?\d){0,2}|\d{1,4}-\d{1,2}(:[0-5]?\d){0,2}")
 _LOGIN = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,63}@)?" + NAME.pattern)
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -47,13 +48,13 @@ class Slurm:
 
 @dataclass(frozen=True)
 class Job:
-    """One training job."""
+    """One job: a training, or a bench."""
 
     name: str
-    """The run's name; its folder is OUT/NAME."""
+    """The run's name, of a bench NAME-bench; its folder is OUT/NAME."""
     out: str
     words: tuple[str, ...]
-    """What follows `distllm`: train CONFIG key=value..."""
+    """What follows `distllm`: train CONFIG key=value..., or bench CONFIG key=value... --grid ..."""
     on: str
     by: str
     """The launcher."""
@@ -83,6 +84,11 @@ class Job:
     def size(self) -> int:
         """Ranks in all."""
         return self.nodes * self.ranks
+
+    @property
+    def resumes(self) -> bool:
+        """Whether another attempt goes on where this one ended. A bench saves nothing on its way."""
+        return self.words[:1] != ("bench",)
 
     @property
     def launch_folder(self) -> str:
@@ -122,6 +128,8 @@ def _choices(job: Job) -> list[str]:
     found = []
     if job.on == "local" and job.nodes != 1:
         found.append(f"--nodes={job.nodes}: --on local is this machine alone; nearest: 1, or --on ssh --hosts ...")
+    if job.interface and job.nodes == 1:
+        found.append(f"--interface={told(job.interface)}: the ranks of one node meet on loopback; nearest: leave it out")
     if job.by == "srun" and job.on != "slurm":
         found.append(f"--with=srun: is SLURM's, and this is --on {job.on}; nearest: torchrun, or --on slurm")
     if job.on == "ssh" and not job.hosts:

@@ -27,10 +27,7 @@ def local_script(job: Job) -> str:
         *exports(settings(job, folder=MEET, meet=MEET, master=None)),
         *_hostfile(job),
         "",
-        *comment(
-            "SIGUSR1 asks the ranks to save and end. The launcher must not die of it, and would leave them behind."
-        ),
-        "trap '' USR1",
+        *(_trap() if job.resumes else []),
         folded(command(job, place)),
     ]
     return "\n".join(lines) + "\n"
@@ -45,7 +42,7 @@ def node_script(job: Job, node: int, *, address: str, port: str) -> str:
         f"mkdir -p -- {quoted([launch])}",
         *exports(settings(job, folder=launch, meet=launch, master=(address, port) if job.nodes > 1 else None)),
         *([_write_hostfile(job, quoted([launch + "/hostfile"]))] if job.by == "deepspeed" else []),
-        "trap '' USR1",
+        *(["trap '' USR1"] if job.resumes else []),
         "exec " + folded(command(job, place)),
     ]
     return "\n".join(lines) + "\n"
@@ -75,6 +72,15 @@ def ssh_script(job: Job, *, ssh: Sequence[str], address: str, port: str) -> str:
         lines += [f"}} | {quoted([*ssh, host, 'bash', '-s'])} &"]
     lines += ["", "code=0", 'for job in $(jobs -p); do wait "$job" || code=$?; done', 'exit "$code"']
     return "\n".join(lines) + "\n"
+
+
+def _trap() -> list[str]:
+    return [
+        *comment(
+            "SIGUSR1 asks the ranks to save and end. The launcher must not die of it, and would leave them behind."
+        ),
+        "trap '' USR1",
+    ]
 
 
 def meet_in_files() -> list[str]:

@@ -51,7 +51,8 @@ def submit(job: Job) -> tuple[str, Path]:
         raise ConfigError([_refusal(job, done.stderr)])
     number = done.stdout.strip().partition(";")[0]
     _refuse_waiting_for_ever(job, number)
-    _remember(job, number)
+    if job.resumes:
+        _remember(job, number)
     return number, script
 
 
@@ -88,6 +89,8 @@ def _refusal(job: Job, text: str) -> str:
     if re.search("node configuration|node count|more processors|tasks? .*exceed", text, re.IGNORECASE):
         asked = f"--nodes={job.nodes} --gpus={job.ranks}"
         return f"{asked}: SLURM has no such nodes ({why}); nearest: fewer, or another --partition (see sinfo)"
+    if re.search("controller|configuration source|configuration file|no cluster|socket timed out", text, re.IGNORECASE):
+        return f"--on=slurm: SLURM does not answer here ({why}); nearest: sinfo, which shows whether it is up, or --on local"
     return f"--on=slurm: sbatch refused the job: {why}; nearest: correct that option"
 
 

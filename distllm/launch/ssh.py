@@ -93,9 +93,11 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
         finally:
             for node in nodes:
                 node.hang_up()
-            for node in nodes:
-                _end(node, patience_s=patience_s)
+            cut = [node.host for node in nodes if not _end(node, patience_s=patience_s)]
+    if request.stop.is_set() and not job.resumes:
+        return 130
     code, lines = outcome(read_reports(shared), code=code, size=job.size)
+    lines += [f"{host}: does not answer any more; what ran there ends by itself; nearest: ssh {host} true" for host in cut]
     for line in lines:
         print(f"distllm: {line}", file=sys.stderr, flush=True)
     return code
@@ -219,12 +221,19 @@ def _wait(nodes: Sequence[_Node], request: Request) -> int:
     )
 
 
-def _end(node: _Node, *, patience_s: float = 15.0) -> None:
-    """Give a node the time that its processes have, then cut the connection; what it still said is passed on."""
+def _end(node: _Node, *, patience_s: float = 15.0) -> bool:
+    """Give a node the time that its processes have, then cut the connection; what it still said is passed on.
+
+    Returns:
+        Whether the node ended by itself.
+    """
     try:
         node.process.wait(timeout=patience_s)
+        alone = True
     except subprocess.TimeoutExpired:
         os.killpg(node.process.pid, signal.SIGKILL)
         node.process.wait()
+        alone = False
     for relay in node.relays:
         relay.join(5.0)
+    return alone

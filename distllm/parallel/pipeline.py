@@ -222,7 +222,7 @@ class Pipeline:
         loss = torch.empty((), dtype=self._loss_dtype(), device="meta", requires_grad=True)
         last = len(facts.owners) - 1
         self._torch_stages = [
-            PipelineStage(
+            _TorchStage(
                 submodule=stage.module, stage_index=stage.index, num_stages=last + 1, device=self.device, group=self.group,
                 # With both given, torch neither runs the stage once more nor sends pickled shapes.
                 input_args=(self.nothing().to("meta") if stage.index == 0 else hidden,),
@@ -338,6 +338,13 @@ class PipelinedModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self._pipeline.logits({"input_ids": input_ids})
+
+
+class _TorchStage(PipelineStage):
+    """Without a message to itself: torch 2.11 begins with one between all neighbours, and gloo has no pair with oneself."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
 
 
 def _keep_gathered(module: nn.Module) -> None:

@@ -277,7 +277,7 @@ def build_engine(
     objective = task.objective
     if teacher is not None:
         objective = distilled(objective, teacher=teacher, config=config.distill, kind=task.kind)
-    scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
+    scales = learning_rate_scales(model, spec, config.tune)
     # By names of the whole model, before a pipeline cuts it.
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
     penalty = make_penalty(config.optim, model=model)

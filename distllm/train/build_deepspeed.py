@@ -56,7 +56,7 @@ def build_deepspeed(
     """
     model, json = meta_model(spec), deepspeed_json(config, ranks=world.size)
     # By names of the whole model, before a pipeline cuts it.
-    scales = learning_rate_scales(model, spec, config.tune) if config.tune.layer_decay < 1.0 else None
+    scales = learning_rate_scales(model, spec, config.tune)
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
     blocks = find_blocks(model, spec=spec)
     layout = Layout(

@@ -87,18 +87,23 @@ def block_depths(model: nn.Module, spec: ModelSpec) -> dict[str, int]:
     return depth
 
 
-def learning_rate_scales(model: nn.Module, spec: ModelSpec, config: TuneConfig) -> dict[str, float]:
-    """What each parameter's learning rate is multiplied by: layer_decay ** k at k below the head.
+def learning_rate_scales(model: nn.Module, spec: ModelSpec, config: TuneConfig) -> dict[str, float] | None:
+    """What each parameter's learning rate is multiplied by: layer_decay ** k at k below the head; tables by embedding_rate too.
 
     The head, and norms between it and the blocks, are at 0; the embeddings, and what stands with them, below the first block.
 
     Args:
         model: of `tuned_spec`.
         spec: names its blocks.
-        config: `layer_decay` is read.
+        config: `layer_decay` and `embedding_rate` are read.
+
+    Returns:
+        The factor of each parameter by name; None: 1 for all.
 
     Source: Howard & Ruder 2018, arXiv 1801.06146; Clark et al. 2020, arXiv 2003.10555.
     """
+    if config.layer_decay == config.embedding_rate == 1.0:
+        return None
     depth = block_depths(model, spec)
     bottom = max(depth.values(), default=0) + 1
     tables = {
@@ -111,7 +116,7 @@ def learning_rate_scales(model: nn.Module, spec: ModelSpec, config: TuneConfig) 
     for name, _ in model.named_parameters():
         low = name in tables or "embed" in name.lower()
         k = depth.get(name, bottom if low and not _is_top(spec, name) else 0)
-        scales[name] = config.layer_decay**k
+        scales[name] = config.layer_decay**k * (config.embedding_rate if name in tables else 1.0)
     return scales
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distllm.config.errors import ConfigError
 from distllm.config.kinds import shown
+from distllm.verify.engines import parse_engines
 from distllm.verify.layouts import MOST_REAL, Layout, parse_layouts, parse_ranks
 
 PRECISIONS = ("fp64", "fp32", "bf16")
@@ -26,10 +27,19 @@ class Options:
     real: int = MOST_REAL
     """Ranks that run together on this machine; larger layouts run a few ranks in a fake world."""
     timeout_s: float = 300.0
+    engines: Sequence[str] = ("native",)
 
 
 def options_of(
-    *, ranks: str, layouts: str | None, precision: str, steps: int, faults: bool, device: str, timeout_s: float
+    *,
+    ranks: str,
+    layouts: str | None,
+    precision: str,
+    steps: int,
+    faults: bool,
+    device: str,
+    timeout_s: float,
+    engines: str = "native",
 ) -> Options:
     """The options of a command line.
 
@@ -41,6 +51,7 @@ def options_of(
         faults: plant bugs too.
         device: cpu or cuda.
         timeout_s: seconds for one layout.
+        engines: native, deepspeed or both, with commas.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -50,6 +61,7 @@ def options_of(
         raise ConfigError([f"--precision={shown(precision)}: must be of {', '.join(PRECISIONS)}, with commas; nearest: fp64"])
     if device not in ("cpu", "cuda"):
         raise ConfigError([f"--device={device}: must be cpu or cuda; nearest: cpu"])
+    names = parse_engines(engines)
     given = parse_layouts(layouts) if layouts is not None else []
     numbers = parse_ranks(ranks)
     real = MOST_REAL
@@ -58,7 +70,7 @@ def options_of(
         numbers = [number for number in numbers if number <= real]
         if not real:
             raise ConfigError(["--device=cuda: no CUDA device is available here; nearest: cpu"])
-    return Options(numbers, given, tuple(dict.fromkeys(wanted)), steps, faults, device, real, timeout_s)
+    return Options(numbers, given, tuple(dict.fromkeys(wanted)), steps, faults, device, real, timeout_s, names)
 
 
 def gpus() -> int:

@@ -12,18 +12,21 @@ from typing import Any
 
 from distllm.config.check_pipeline import virtual_stages
 from distllm.config.errors import EXIT_OK, EXIT_UNEQUAL, ConfigError
-from distllm.config.schema import Config, LayoutConfig
+from distllm.config.schema import Config, EngineConfig, LayoutConfig
 from distllm.models.build import meta_model, resolve_spec
+from distllm.train.build_deepspeed import require_deepspeed
 from distllm.train.tasks import outputs_of
 from distllm.train.tune import apply_tune
-from distllm.verify import fake, guards, planted
+from distllm.verify import deepspeed_trial, fake, guards, planted
 from distllm.verify.asked import Options
 from distllm.verify.collectives import Traffic
 from distllm.verify.data import Data, open_data
+from distllm.verify.engines import NATIVE, EngineChoice, engines_of
 from distllm.verify.formulas import expected_traffic, unpredictable
-from distllm.verify.judge import judge
+from distllm.verify.judge import DEEPSPEED_EPS, judge
 from distllm.verify.layouts import Layout, layout_of, products, refusals
 from distllm.verify.ledger import Step
+from distllm.verify.planted_deepspeed import DEEPSPEED_FAULTS
 from distllm.verify.ranks import Broken, on_ranks
 from distllm.verify.record import draw, write_record
 from distllm.verify.rows import Row
@@ -57,15 +60,17 @@ class Verification:
         self.parameters = parameters
         self.base = self.case(self.small(layout_of({})))
         self._traces: dict[str, Trace | Broken] = {}
-        self._sound: dict[Layout, Row] = {}
+        self._sound: dict[tuple[Layout, EngineChoice], Row] = {}
 
     @property
     def has_experts(self) -> bool:
         return self.known is not None and any(getattr(self.known, name, None) for name in EXPERTS)
 
-    def small(self, layout: Layout, *, precision: str = "fp64", seed: int | None = None) -> Config:
+    def small(
+        self, layout: Layout, *, precision: str = "fp64", engine: EngineChoice = NATIVE, seed: int | None = None
+    ) -> Config:
         """The config of a layout: a small model that it divides, and two micro-batches or more of one sample."""
-        laid = self.config.model_copy(update={"layout": layout.config()})
+        laid = self._laid(layout, engine)
         if laid.model.attention == "flash_attention_2" and self.options.device == "cpu":
             laid = laid.model_copy(update={"model": laid.model.model_copy(update={"attention": "auto"})})
         virtual = virtual_stages(laid.layout.pp_schedule, laid.layout.pp_virtual)
@@ -75,8 +80,16 @@ class Verification:
         each = max(2, 2 * sizes["pp"], 4 // readers)  # micro-batches of a rank: enough for every schedule
         batch = small.train.model_copy(update={"global_batch": readers * each})
         numbers = small.precision.model_copy(update={"compute": precision})
-        changed = {"train": batch, "precision": numbers, "device": self.options.device, "name": "verify"}
+        changed: dict[str, Any] = {
+            "train": batch, "precision": numbers, "device": self.options.device, "name": "verify",
+        }  # fmt: skip
+        if engine != NATIVE:
+            changed["optim"] = small.optim.model_copy(update={"eps": max(small.optim.eps, DEEPSPEED_EPS)})
         return small.model_copy(update=changed | ({} if seed is None else {"seed": seed}))
+
+    def _laid(self, layout: Layout, engine: EngineChoice) -> Config:
+        """The user's config with a layout and an engine."""
+        return self.config.model_copy(update={"layout": layout.config(), "engine": engine.config(self.config.engine)})
 
     def case(self, config: Config) -> Case:
         """What the ranks of a small config train."""
@@ -85,7 +98,7 @@ class Verification:
 
     def reference(self, case: Case) -> Trace | Broken:
         """What one process computes of the same model and samples; computed once for all layouts that share them."""
-        alone = case.config.model_copy(update={"layout": LayoutConfig(dp_shard=1)})
+        alone = case.config.model_copy(update={"layout": LayoutConfig(dp_shard=1), "engine": EngineConfig()})
         key = json.dumps(alone.model_dump(mode="json"), sort_keys=True)
         if key not in self._traces:
             one = replace(case, config=alone)
@@ -94,17 +107,15 @@ class Verification:
         return self._traces[key]
 
     def run(
-        self, layout: Layout, *, precision: str = "fp64", bug: Planted | None = None
+        self, layout: Layout, *, engine: EngineChoice = NATIVE, precision: str = "fp64", bug: Planted | None = None
     ) -> Row:
         """Run one layout, on real ranks or some of them in a fake world, and judge it."""
         began = time.monotonic()
-        config = self.small(layout, precision=precision)
-        row = Row(layout, precision, fake=layout.ranks > self.options.real)
-        problems = refusals(config, layout.ranks)
-        if problems:
-            laid = self.config.model_copy(update={"layout": layout.config()})
-            own = [line for line in refusals(laid, layout.ranks) if line.startswith("layout.")]  # in the user's own numbers
-            return replace(row, refused=tuple(own or problems))
+        precision = engine.precision(precision)
+        config = self.small(layout, precision=precision, engine=engine)
+        row = Row(layout, precision, engine, fake=layout.ranks > self.options.real)
+        if problems := self.refusals(layout, engine, small=config):
+            return replace(row, refused=tuple(problems))
         try:
             case = self.case(config)
         except ConfigError as error:
@@ -112,28 +123,50 @@ class Verification:
         row = self._fake(case, row) if row.fake else self._real(case, row, bug=bug)
         return replace(row, seconds=time.monotonic() - began)
 
-    def sound(self, layout: Layout) -> Row:
-        """A layout without a bug, in fp64; run once."""
-        if layout not in self._sound:
-            self._sound[layout] = self.run(layout)
-        return self._sound[layout]
+    def refusals(self, layout: Layout, engine: EngineChoice, *, small: Config | None = None) -> list[str]:
+        """Why a layout cannot run under an engine, in the user's own numbers where these say it; empty where it can."""
+        if layout.ranks > self.options.real and engine != NATIVE:
+            return [
+                f"--engines={engine.name}: {layout.ranks:,} ranks would run in a fake world here, and only engine native does; "
+                f"nearest: {self.options.real} ranks"
+            ]
+        problems = refusals(small or self.small(layout, precision=engine.precision("fp64"), engine=engine), layout.ranks)
+        if not problems:
+            return []
+        told = refusals(self._laid(layout, engine), layout.ranks)
+        return [line for line in told if line.startswith("layout.")] or problems
+
+    def row(self, empty: Row) -> Row:
+        """What becomes of the layout of a row, with its engine and its precision."""
+        if empty.precision == empty.engine.precision("fp64"):
+            return self.sound(empty.layout, empty.engine)
+        return self.run(empty.layout, engine=empty.engine, precision=empty.precision)
+
+    def sound(self, layout: Layout, engine: EngineChoice = NATIVE) -> Row:
+        """A layout without a bug, in fp64 where the engine has it; run once."""
+        key = layout, engine
+        if key not in self._sound:
+            self._sound[key] = self.run(layout, engine=engine)
+        return self._sound[key]
 
     def _real(self, case: Case, row: Row, *, bug: Planted | None) -> Row:
         reference = self.reference(case)
         if isinstance(reference, Broken):
             return replace(row, broken=f"one process: {reference.reason}")
         ranks, timeout = row.layout.ranks, self.options.timeout_s
+        native = row.engine == NATIVE
+        run, hidden = (run_rank, {}) if native else (deepspeed_trial.run_rank, deepspeed_trial.NOT_EXPOSED)
         reports = on_ranks(
-            lambda world: run_rank(case, world, reference, planted=bug), ranks, timeout_s=timeout, device=self.options.device
+            lambda world: run(case, world, reference, planted=bug), ranks, timeout_s=timeout, device=self.options.device
         )
         if isinstance(reports, Broken):
             return replace(row, refused=reports.problems, broken=reports.reason)
-        formula, why = _formula(case, row.layout, reports)
+        formula, why = _formula(case, row.layout, reports) if native else (None, hidden["collectives"])
         expected = [formula(report) for report in reports] if formula is not None else []
         verdict = judge(case, reports, reference, expected=formula)
         verdict = replace(verdict, problems=(*verdict.problems, *guards.too_little(verdict)))
-        traffic = [report.traffic for report in reports]
-        return replace(row, verdict=verdict, traffic=traffic, expected=expected, unpredictable=why)
+        traffic = [report.traffic for report in reports if report.traffic is not None]
+        return replace(row, verdict=verdict, traffic=traffic, expected=expected, unpredictable=why, not_exposed=hidden)
 
     def _fake(self, case: Case, row: Row) -> Row:
         formula, why = _formula(case, row.layout, ())
@@ -141,8 +174,9 @@ class Verification:
 
     def guard(self, row: Row) -> list[str]:
         """What shows that the comparison of a layout that ran proves nothing; and that two seeds differ."""
-        case = self.case(self.small(row.layout, precision=row.precision))
-        other = self.case(self.small(row.layout, precision=row.precision, seed=self.config.seed + 1))
+        case = self.case(self.small(row.layout, precision=row.precision, engine=row.engine))
+        seed = self.config.seed + 1
+        other = self.case(self.small(row.layout, precision=row.precision, engine=row.engine, seed=seed))
         own, others = self.reference(case), self.reference(other)
         if isinstance(own, Broken) or isinstance(others, Broken):
             return ["one process could not be run with two seeds"]
@@ -181,16 +215,20 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
         DistllmError: data, model or layouts that cannot be used.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if "deepspeed" in options.engines:
+        require_deepspeed()
+        if options.device == "cpu":  # elsewhere it may start CUDA, which does not survive a fork
+            deepspeed_trial.load_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     verification = Verification(config, open_data(config, folder), options)
-    layouts = list(_layouts(verification))
-    tasks = [(layout, precision) for precision in options.precisions for layout in layouts]
-    faults = planted.FAULTS if options.faults else ()
+    tasks = list(_tasks(verification))
+    planted_ones = (*planted.FAULTS, *DEEPSPEED_FAULTS) if options.faults else ()
+    faults = [fault for fault in planted_ones if fault.engine.name in options.engines]
     rows: list[Row] = []
     with growing(len(tasks)) as watch:
-        for layout, precision in tasks:
-            watch.starts(layout.name)
-            rows.append(verification.sound(layout) if precision == "fp64" else verification.run(layout, precision=precision))
+        for empty in tasks:
+            watch.starts(empty.name)
+            rows.append(verification.row(empty))
             watch.add(rows[-1])
     judged = next((row for row in rows if row.verdict is not None and not row.fake), None)
     found = verification.guard(judged) if judged is not None else []
@@ -205,6 +243,21 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
     what = f"{config.name}: {_what(verification)}, {options.steps} steps of your own data"
     say(certificate(rows, guards=found, faults=caught, files=files, config=named, what=what, holds=holds))
     return EXIT_OK if holds else EXIT_UNEQUAL
+
+
+def _tasks(verification: Verification) -> Iterator[Row]:
+    """The rows to come, without what becomes of them.
+
+    Of DeepSpeed, layouts that were not asked for are left out where a rule refuses them; where it refuses all, one tells why.
+    """
+    options = verification.options
+    layouts = list(_layouts(verification))
+    for engine in engines_of(options.engines):
+        tried = layouts
+        if engine != NATIVE and not options.layouts:
+            tried = [layout for layout in layouts if not verification.refusals(layout, engine)] or layouts[:1]
+        for precision in dict.fromkeys(engine.precision(asked) for asked in options.precisions):
+            yield from (Row(layout, precision, engine) for layout in tried)
 
 
 def _layouts(verification: Verification) -> Iterator[Layout]:
@@ -232,13 +285,13 @@ def _what(verification: Verification) -> str:
 def _plant(verification: Verification, fault: planted.Fault) -> Mapping[str, Any]:
     """Run a layout with one bug in it; `caught` is None where the bug has no place in this model."""
     layout = layout_of(fault.layout)
-    told: dict[str, Any] = {"name": fault.name, "what": fault.what, "layout": layout.name}
-    sound = verification.sound(layout)
+    told: dict[str, Any] = {"name": fault.name, "what": fault.what, "engine": fault.engine.label, "layout": layout.name}
+    sound = verification.sound(layout, fault.engine)
     if sound.refused:
         return told | {"caught": None, "by": sound.refused[0]}
     if not sound.equal:
         return told | {"caught": False, "by": "the layout differs without it too"}
-    row = verification.run(layout, bug=fault)
+    row = verification.run(layout, engine=fault.engine, bug=fault)
     if row.verdict is None:  # a bug that breaks the run was not found by what is compared
         return told | {"caught": None if planted.NO_PLACE in row.broken else False, "by": row.broken}
     by = row.verdict.problems[0] if row.verdict.problems else ""

@@ -24,7 +24,7 @@ from distllm.parallel import data as data_parallel
 from distllm.parallel import parallelize as parallelizing
 from distllm.verify.collectives import Recorder, Traffic
 from distllm.verify.data import samples_of, thinned
-from distllm.verify.judge import QUANTITIES, Verdict, traffic_problems
+from distllm.verify.judge import QUANTITIES, Verdict, bounds_of, traffic_problems
 from distllm.verify.layouts import Layout
 from distllm.verify.ledger import Step
 from distllm.verify.local_shapes import own_shape
@@ -64,8 +64,10 @@ def look(
     expected = [formula(one.report) for one in seen] if formula is not None else []
     for one, wanted in zip(seen, expected, strict=formula is not None):
         problems += traffic_problems(one.report, wanted)
-    verdict = Verdict(dict.fromkeys(QUANTITIES, 0.0), {}, {}, tuple(dict.fromkeys(problems)), sum(one.pieces for one in seen))
-    return replace(row, verdict=verdict, traffic=[one.report.traffic for one in seen], expected=expected)
+    zero = dict.fromkeys(QUANTITIES, 0.0)
+    pieces = sum(one.pieces for one in seen)
+    verdict = Verdict(zero, {}, {}, tuple(dict.fromkeys(problems)), pieces, bounds=bounds_of(case.config))
+    return replace(row, verdict=verdict, traffic=[one.report.traffic or {} for one in seen], expected=expected)
 
 
 def representatives(layout: Layout) -> tuple[int, ...]:

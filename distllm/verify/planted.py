@@ -27,6 +27,7 @@ from distllm.engine.native import NativeEngine
 from distllm.parallel import data, expert, tensor, tensor_styles
 from distllm.parallel.mesh import Mesh
 from distllm.parallel.pipeline import Pipeline
+from distllm.verify.engines import NATIVE, EngineChoice
 from distllm.verify.swap import swapped
 from distllm.verify.trial import Arrays, Case
 
@@ -34,7 +35,8 @@ NO_PLACE = "this model has no place for it"
 KEYS_AND_VALUES = ("k_proj", "v_proj", "k", "v", "key", "value")
 """What families call the projections of keys and values."""
 Patch = Callable[[World], AbstractContextManager[None]]
-Break = Callable[[NativeEngine, World, Arrays], None]
+Break = Callable[[Any, World, Arrays], None]
+"""(the engine of its layout, this rank's facts, the first weights) -> a broken one."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Fault:
     changes: Callable[[Case, World], Case] | None = None
     patch: Patch | None = None
     breaks: Break | None = None
+    engine: EngineChoice = NATIVE
+    """Under which it is planted."""
 
     def case(self, case: Case, world: World) -> Case:
         """What this rank trains."""
@@ -57,13 +61,13 @@ class Fault:
         """Entered before the mesh is built and left after the last step."""
         return contextlib.nullcontext() if self.patch is None else self.patch(world)
 
-    def on(self, engine: NativeEngine, world: World, case: Case, starts: Arrays) -> None:
+    def on(self, engine: Any, world: World, case: Case, starts: Arrays) -> None:
         """Called between building and the first step."""
         if self.breaks is not None:
             self.breaks(engine, world, starts)
 
 
-def _objective(change: Callable[[LossTerms, Batch], LossTerms]) -> Callable[[Case, World], Case]:
+def objective_changed(change: Callable[[LossTerms, Batch], LossTerms]) -> Callable[[Case, World], Case]:
     """A bug in the objective: what it gives is changed."""
 
     def changes(case: Case, world: World) -> Case:
@@ -80,7 +84,7 @@ def _objective(change: Callable[[LossTerms, Batch], LossTerms]) -> Callable[[Cas
 # --- the objective and the data ----------------------------------------------------------------------------------------
 
 
-def _mean(terms: LossTerms, batch: Batch) -> LossTerms:
+def mean_of_its_own(terms: LossTerms, batch: Batch) -> LossTerms:
     count = terms.count.clamp(min=1)
     return LossTerms(terms.sum / count, torch.ones_like(terms.count), terms.parts)
 
@@ -337,8 +341,8 @@ TP, PLAIN_TP, CP, EP, PP = {"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"c
 
 FAULTS: tuple[Fault, ...] = (
     Fault("dropped all-reduce", "gradients of replicas are not added", DDP, patch=_dropped_all_reduce),
-    Fault("mean of means", "each micro-batch is divided by its own count", DDP, changes=_objective(_mean)),
-    Fault("dropped padding weights", "places without a target are counted", FSDP, changes=_objective(_all_places)),
+    Fault("mean of means", "each micro-batch is divided by its own count", DDP, changes=objective_changed(mean_of_its_own)),
+    Fault("dropped padding weights", "places without a target are counted", FSDP, changes=objective_changed(_all_places)),
     Fault("missing gradient sync", "the last micro-batch is treated like the others", DDP, patch=_never_last),
     Fault("averaged shards", "gradients of shards are averaged and not added", FSDP, breaks=_averaged_shards),
     Fault("replicas apart", "shards are not added over the replicas", HSDP, patch=_replicas_apart),
@@ -354,7 +358,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("norms decay", "weight decay reaches norms and embeddings", DDP, breaks=_all_decay),
     Fault("rounded activation", "one rank computes a layer's output in fp16", FSDP, breaks=_rounded),
     Fault("extra collective", "something is sent that changes no number", FSDP, breaks=_extra_sum),
-    Fault("loss x tp", "each tp rank's loss counts as one of its own", TP, changes=_objective(_doubled)),
+    Fault("loss x tp", "each tp rank's loss counts as one of its own", TP, changes=objective_changed(_doubled)),
     Fault("unsummed parts", "the parts of row-parallel products are not added", PLAIN_TP, patch=_unsummed_parts),
     Fault("unsummed norms", "each tp rank keeps the gradient of its own tokens' norms", TP, patch=_unsummed_norms),
     Fault("swapped KV heads", "two tp ranks have each other's keys and values", TP, breaks=_swapped_heads),

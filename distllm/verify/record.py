@@ -18,7 +18,6 @@ from distllm import __version__
 from distllm.config.load import digest
 from distllm.config.machine import cores
 from distllm.config.schema import Config
-from distllm.verify.judge import BOUNDS
 from distllm.verify.rows import Row
 
 RECORD, PICTURE = "verify.json", "errors.png"
@@ -56,7 +55,7 @@ def write_record(
         "config_digest": digest(config),
         "versions": versions,
         "hardware": hardware,
-        "bounds": {name: vars(bounds) for name, bounds in BOUNDS.items() if any(row.precision == name for row in rows)},
+        "bounds": {row.kind: vars(row.verdict.bounds) for row in rows if row.verdict is not None},
         "guards": list(guards),
         "layouts": [row.as_json() for row in rows],
         "planted_faults": list(faults),
@@ -89,18 +88,18 @@ def draw(folder: Path, row: Row) -> Path:
     axes = figure.add_subplot()
     least = 1e-18
     finite = [error for _, error in places if math.isfinite(error)]
-    most = max([*finite, BOUNDS[row.precision].gradient]) * 10
+    most = max([*finite, verdict.bounds.gradient]) * 10
     shown = [(last + 1 if layer is None else layer, min(max(error, least), most)) for layer, error in places]
     axes.scatter([x for x, _ in shown], [y for _, y in shown], s=18, color=BLUE, label="a tensor")
     worst = {x: max(y for other, y in shown if other == x) for x, _ in shown}
     axes.plot(sorted(worst), [worst[x] for x in sorted(worst)], color=GREY, linewidth=1, label="worst of a layer")
-    axes.axhline(BOUNDS[row.precision].gradient, color=VERMILION, linestyle="--", linewidth=1, label="bound")
+    axes.axhline(verdict.bounds.gradient, color=VERMILION, linestyle="--", linewidth=1, label="bound")
     axes.set_yscale("log")
     axes.set_ylim(least / 2, most * 2)
     axes.set_xticks(sorted(worst), [str(x) if x <= last else "rest" for x in sorted(worst)])
     axes.set_xlabel("layer (rest: embedding, last norm, head)")
     axes.set_ylabel("relative error of gradients and weights")
-    axes.set_title(f"{row.layout.name}, {row.precision}, against one process")
+    axes.set_title(f"{row.layout.name}, {row.kind}, against one process")
     axes.legend(loc="upper right", fontsize=8)
     path = folder / PICTURE
     figure.savefig(path, dpi=130)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distllm.verify.collectives import Traffic
+from distllm.verify.engines import NATIVE, EngineChoice
 from distllm.verify.judge import QUANTITIES, Verdict
 from distllm.verify.layouts import Layout
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one layout in one precision."""
+    """What became of one layout in one precision, under one engine."""
 
     layout: Layout
     precision: str
+    engine: EngineChoice = NATIVE
     verdict: Verdict | None = None
     refused: tuple[str, ...] = ()
     """The rules that it breaks."""
@@ -29,9 +31,22 @@ class Row:
     """Of each rank, by formula."""
     unpredictable: str = ""
     """Why there is no formula."""
+    not_exposed: Mapping[str, str] = field(default_factory=dict)
+    """What the engine does not show as the native one does, and how it is judged instead."""
     seconds: float = 0.0
     fake: bool = False
     """Whether only its shapes, placements and collectives were looked at, without the other ranks."""
+
+    @property
+    def kind(self) -> str:
+        """What rows have to share to be judged alike: the precision, and the engine where it is another one."""
+        return self.precision if self.engine == NATIVE else f"{self.engine.name} {self.precision}"
+
+    @property
+    def name(self) -> str:
+        """Such as `dp_shard 2 x tp 2, deepspeed ZeRO 2, fp32`."""
+        engine = "" if self.engine == NATIVE else f", {self.engine.label}"
+        return self.layout.name + engine + ("" if self.precision == "fp64" else f", {self.precision}")
 
     @property
     def equal(self) -> bool:
@@ -44,8 +59,10 @@ class Row:
 
     @property
     def worst(self) -> float:
-        """The largest error of gradients and weights."""
-        return max(self.verdict.errors["gradient"], self.verdict.errors["weight"]) if self.verdict is not None else -1.0
+        """The largest error of gradients and weights, as a share of what passes for a gradient."""
+        if self.verdict is None:
+            return -1.0
+        return max(self.verdict.errors["gradient"], self.verdict.errors["weight"]) / self.verdict.bounds.gradient
 
     def sent(self) -> tuple[float, float]:
         """(measured, by formula): the bytes of the rank that sends most."""
@@ -57,15 +74,19 @@ class Row:
         """For the record."""
         found: dict[str, Any] = {
             "layout": dict(self.layout.values), "name": self.layout.name, "ranks": self.layout.ranks,
-            "precision": self.precision, "seconds": round(self.seconds, 2), "fake": self.fake,
+            "engine": self.engine.name, "zero_stage": self.engine.zero_stage, "precision": self.precision,
+            "seconds": round(self.seconds, 2), "fake": self.fake,
         }  # fmt: skip
         if self.refused:
             return found | {"verdict": "refused", "rules": list(self.refused)}
         if self.verdict is None:
             return found | {"verdict": "broken", "reason": self.broken}
-        errors = {name: _finite(self.verdict.errors[name]) for name in QUANTITIES}
+        shown = [name for name in QUANTITIES if self.fake or name in self.verdict.worst]
         return found | {
-            "verdict": "equal" if self.equal else "different", "errors": errors, "where": dict(self.verdict.worst),
+            "verdict": "equal" if self.equal else "different",
+            "errors": {name: _finite(self.verdict.errors[name]) if name in shown else None for name in QUANTITIES},
+            "tolerances": dict(vars(self.verdict.bounds)), "not_exposed": dict(self.not_exposed),
+            "where": dict(self.verdict.worst),
             "problems": list(self.verdict.problems), "numbers_compared": self.verdict.compared,
             "weights_without_direction": list(self.verdict.unjudged), "formula_missing": self.unpredictable or None,
             "sent": _grouped(self.traffic), "formula": _grouped(self.expected),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from distllm.track.growing import Growing
-from distllm.verify.judge import BOUNDS, QUANTITIES
+from distllm.verify.engines import NATIVE
+from distllm.verify.judge import QUANTITIES
 from distllm.verify.rows import Row
 
 SHOWN = ("loss", "gradient", "norm", "clip", "weight")
+PLURALS = {"loss": "losses", "gradient": "gradients", "norm": "norms", "clip": "clip factors", "weight": "weights"}
 
 
 def growing(total: int) -> Growing[Row]:
@@ -33,14 +35,15 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _cells(row: Row, *, plain: bool) -> list[str]:
-    name = row.layout.name if row.precision == "fp64" else f"{row.layout.name}, {row.precision}"
-    head = [name.ljust(34) if plain else name, str(row.layout.ranks)]
+    head = [row.name.ljust(34) if plain else row.name, str(row.layout.ranks)]
     if row.verdict is None:
         text = f"refused: {row.refused[0]}" if row.refused else f"broken: {row.broken}"
         return [*head, text] if plain else [*head, *[""] * (len(SHOWN) + 1), _coloured(text, "yellow" if row.refused else "red")]
     own, wanted = row.sent()
     sent = f"{_short(own)} / {'no formula' if row.unpredictable else _short(wanted)}"
-    errors = ["-" if row.fake else _error(row.verdict.errors[name]) for name in SHOWN]
+    if "collectives" in row.not_exposed:
+        sent = "not judged"
+    errors = [_error(row.verdict.errors[name]) if name in row.verdict.worst else "-" for name in SHOWN]
     good = "shapes and traffic equal" if row.fake else "equal"
     text = good if row.equal else f"different: {row.verdict.problems[0]}"
     if plain:
@@ -75,8 +78,8 @@ def certificate(
 ) -> list[str]:
     """The lines at the end: what is equal to how many digits, what is not, where the files are, what to type next."""
     lines = ["", what]
-    for precision in dict.fromkeys(row.precision for row in rows):
-        lines += _of_precision([row for row in rows if row.precision == precision], precision)
+    for kind in dict.fromkeys(row.kind for row in rows):
+        lines += _of_kind([row for row in rows if row.kind == kind], kind)
     fake = [row for row in rows if row.fake and row.equal]
     if fake:
         lines += [
@@ -99,14 +102,29 @@ def _next(rows: Sequence[Row], *, holds: bool, config: str) -> str:
     """The command to type: train what is proven, else look at the first layout that is not equal alone."""
     if holds:
         return f"distllm train {config}"
-    wrong = next((row.layout for row in rows if not row.holds), None)
+    wrong = next((row for row in rows if not row.holds), None)
     if wrong is None:
         return f"distllm verify {config} --ranks 2"
-    asked = ",".join(f"{key}={value}" for key, value in wrong.values) or "dp_shard=1"
-    return f"distllm verify {config} --layouts {shlex.quote(asked)}"
+    asked = ",".join(f"{key}={value}" for key, value in wrong.layout.values) or "dp_shard=1"
+    engine = "" if wrong.engine == NATIVE else f" --engines {wrong.engine.name}"
+    return f"distllm verify {config} --layouts {shlex.quote(asked)}{engine}"
+
+
+def _of_engine(equal: Sequence[Row]) -> Iterator[str]:
+    """To which tolerances another engine than the native one is equal, and what it does not show."""
+    first = equal[0]
+    if first.engine == NATIVE or first.verdict is None:
+        return
+    bounds = first.verdict.bounds
+    told = [f"{name} {getattr(bounds, name):.0e}" for name in QUANTITIES if getattr(bounds, name)]
+    first_step = "; gradient and norm at the first step" if bounds.steps == 1 else ""
+    yield f"  tolerances: {', '.join(told)}, start to the bit{first_step}"
+    yield from (f"  not exposed: {name}: {why}" for name, why in first.not_exposed.items())
 
 
 def _of_traffic(equal: Sequence[Row]) -> str:
+    if equal[0].engine != NATIVE:
+        return "collectives are DeepSpeed's own and not judged"
     unsaid = sum(1 for row in equal if row.unpredictable)
     if not unsaid:
         return "and every collective is the one that the formula says"
@@ -115,30 +133,33 @@ def _of_traffic(equal: Sequence[Row]) -> str:
     return f"and every collective is the one that the formula says, but for {unsaid} layouts whose traffic no formula says"
 
 
-def _of_precision(rows: Sequence[Row], precision: str) -> list[str]:
-    bounds = BOUNDS[precision]
+def _of_kind(rows: Sequence[Row], kind: str) -> list[str]:
+    """What is equal and what is not among rows of one engine and precision."""
     real = [row for row in rows if row.verdict is not None and not row.fake]
     equal = [row for row in real if row.equal]
     lines = []
-    if equal:
+    if equal and equal[0].verdict is not None:
+        bounds = equal[0].verdict.bounds
         judged = [name for name in QUANTITIES if getattr(bounds, name) is not None]
         worst = max(row.verdict.errors[name] for row in equal if row.verdict is not None for name in judged)
         digits = f"{-math.log10(worst):.0f} digits" if worst > 0 else "every digit"
-        what = "losses, gradients, norms, clip factors" + (", weights" if bounds.weight else "")
+        what = ", ".join(plural for name, plural in PLURALS.items() if name in judged)
+        things, of = ("layouts", "") if equal[0].engine == NATIVE else ("layouts and stages", " of the native engine")
         lines += [
-            f"{len(equal)} of {len(real)} layouts compute what one process computes ({precision}):",
+            f"{len(equal)} of {len(real)} {things} compute what one process{of} computes ({kind}):",
             f"{what} agree to {digits}, samples come in the same order,",
             _of_traffic(equal),
+            *_of_engine(equal),
         ]
     for row in real:
         if not row.equal and row.verdict is not None:
-            lines.append(f"DIFFERENT: {row.layout.name}:")
+            lines.append(f"DIFFERENT: {row.name}:")
             lines += [f"  {problem}" for problem in row.verdict.problems[:6]]
-    lines += [f"BROKEN: {row.layout.name}: {row.broken}" for row in rows if row.verdict is None and not row.refused]
+    lines += [f"BROKEN: {row.name}: {row.broken}" for row in rows if row.verdict is None and not row.refused]
     refused: dict[str, list[str]] = {}
     for row in rows:
         for rule in row.refused[:1]:
-            refused.setdefault(rule, []).append(row.layout.name)
+            refused.setdefault(rule, []).append(row.name)
     count = sum(len(names) for names in refused.values())
     if count:
         lines.append(f"{count} of {len(rows)} layouts refused by a rule:")

@@ -18,6 +18,7 @@ from distllm.config.check import resolve_layout
 from distllm.config.schema import Config
 from distllm.data.batch import IGNORE, Batch
 from distllm.data.loader import step_batches
+from distllm.engine.base import Engine
 from distllm.engine.local import local_part
 from distllm.engine.native import NativeEngine
 from distllm.models.build import meta_model, resolve_spec
@@ -119,8 +120,8 @@ class RankReport:
     gradients: Sequence[Pieces]
     weights: Pieces
     rows: Sequence[Mapping[int, str]]
-    traffic: Traffic
-    """Of the last step."""
+    traffic: Traffic | None
+    """Of the last step; None where it is another engine's own business."""
     micro: Sequence[Micro]
     """Its micro-batches of that step."""
 
@@ -136,8 +137,8 @@ class Planted(Protocol):
         """Entered before the mesh is built and left after the last step."""
         ...
 
-    def on(self, engine: NativeEngine, world: World, case: Case, starts: Arrays) -> None:
-        """Called between building and the first step."""
+    def on(self, engine: Any, world: World, case: Case, starts: Arrays) -> None:
+        """Called between building and the first step; what a bug breaks is an engine's own, so it knows which."""
         ...
 
 
@@ -163,10 +164,15 @@ def built(case: Case, world: World) -> tuple[NativeEngine, Mesh]:
     tensors = first_tensors(case.plain, case.spec, seed=case.config.seed)
     engine = build_engine(case.config, world, mesh=mesh, spec=case.spec, task=case.task, tensors=tensors)
     for part in engine.parallel.parts:
-        for module in part.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):  # of a module of the user's own
-                module.p = 0.0
+        without_dropout(part)
     return engine, mesh
+
+
+def without_dropout(module: nn.Module) -> None:
+    """Switch dropout off: a module of the user's own may have some that no key of the config reaches."""
+    for inner in module.modules():
+        if isinstance(inner, nn.modules.dropout._DropoutNd):
+            inner.p = 0.0
 
 
 @dataclass
@@ -207,8 +213,8 @@ def _size(tensors: Sequence[torch.Tensor]) -> float:
     return sum(float(tensor.detach().double().abs().sum()) for tensor in tensors)
 
 
-def _steps(
-    case: Case, engine: NativeEngine, mesh: Mesh, world: World, *, record: bool
+def take_steps(
+    case: Case, engine: Engine, mesh: Mesh, world: World, *, record: bool
 ) -> tuple[list[Any], list[dict[int, str]], Traffic, list[Micro]]:
     """Take the steps; the last one is recorded."""
     resolved = resolve_layout(case.config, world.size)
@@ -255,7 +261,7 @@ def shapes_of(batches: Sequence[Batch], routed: Sequence[tuple[int, ...]]) -> li
 
 
 @contextlib.contextmanager
-def routes(spec: ModelSpec, engine: NativeEngine) -> Iterator[list[tuple[int, ...]]]:
+def routes(spec: ModelSpec, engine: Engine) -> Iterator[list[tuple[int, ...]]]:
     """See which experts the routers choose: for each call of a layer of experts, the rows for each expert."""
     seen: list[tuple[int, ...]] = []
 
@@ -263,7 +269,8 @@ def routes(spec: ModelSpec, engine: NativeEngine) -> Iterator[list[tuple[int, ..
         count = next(module.parameters()).shape[0]
         seen.append(tuple(torch.bincount(args[1].flatten(), minlength=count).tolist()))
 
-    modules = [m for part in engine.parallel.parts for m in expert_modules(part, plan=spec.ep_plan).values()]
+    parts = engine.parallel.parts if isinstance(engine, NativeEngine) else ()
+    modules = [m for part in parts for m in expert_modules(part, plan=spec.ep_plan).values()]
     hooks = [module.register_forward_pre_hook(look) for module in modules]
     try:
         yield seen
@@ -280,10 +287,10 @@ def trace(case: Case, world: World) -> Trace:
         world: of one rank.
     """
     engine, mesh = built(case, world)
-    seen = _watch(engine, lambda gradients: {name: _array(g) for name, g in gradients.items()})
-    starts = {name: _array(p) for name, p in engine.parallel.model.named_parameters()}
-    outs, rows, _, _ = _steps(case, engine, mesh, world, record=False)
-    weights = {name: _array(p) for name, p in engine.parallel.model.named_parameters()}
+    seen = _watch(engine, lambda gradients: {name: array_of(g) for name, g in gradients.items()})
+    starts = {name: array_of(p) for name, p in engine.parallel.model.named_parameters()}
+    outs, rows, _, _ = take_steps(case, engine, mesh, world, record=False)
+    weights = {name: array_of(p) for name, p in engine.parallel.model.named_parameters()}
     factors = [factor or 0.0 for factor in seen.factors]
     return Trace([o[0] for o in outs], [o[1] for o in outs], factors, starts, seen.gradients, weights, rows)
 
@@ -303,7 +310,7 @@ def run_rank(case: Case, world: World, reference: Trace, *, planted: Planted | N
     case = case if planted is None else planted.case(case, world)
     with planted.around(world, case) if planted is not None else contextlib.nullcontext():
         engine, mesh = built(case, world)
-        parallel, names = engine.parallel, _first_names(case.spec)
+        parallel, names = engine.parallel, first_names(case.spec)
         if planted is not None:
             planted.on(engine, world, case, reference.starts)
         step = iter(range(case.steps))
@@ -316,7 +323,7 @@ def run_rank(case: Case, world: World, reference: Trace, *, planted: Planted | N
         places = dict(parallel.model.named_parameters())
         local = {name: local_part(p) for name, p in places.items()}
         starts = _pieces(local, reference.starts, places, parallel, names=names)
-        outs, rows, traffic, micro = _steps(case, engine, mesh, world, record=True)
+        outs, rows, traffic, micro = take_steps(case, engine, mesh, world, record=True)
         engine.parameters.refresh()
         places = dict(parallel.model.named_parameters())
         local = {name: local_part(p) for name, p in places.items()}
@@ -344,7 +351,7 @@ def _pieces(
             continue
         error, boxes = 0.0, []
         for inside, box in boxes_of(places[name], parallel, name):
-            own = _array(tensor)[inside]
+            own = array_of(tensor)[inside]
             if own.size:
                 difference = np.abs(own.astype(np.float64) - reference[box].astype(np.float64)).max()
                 error = max(error, float(difference)) if np.isfinite(difference) else math.inf
@@ -353,14 +360,14 @@ def _pieces(
     return found
 
 
-def _first_names(spec: ModelSpec) -> dict[str, str]:
+def first_names(spec: ModelSpec) -> dict[str, str]:
     """Every name of a tied parameter -> the first, by which the reference has it."""
     model = meta_model(spec)
     first = {id(p): name for name, p in model.named_parameters()}
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def array_of(tensor: torch.Tensor) -> np.ndarray:
     """A copy as numpy, of the local values."""
     plain = local_part(tensor).cpu()
     return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy().copy()

@@ -6,8 +6,9 @@
 Trains each with `distllm train` and measures it with `distllm eval` on the test set, as a user would. A run that is done in
 the work folder is not trained again, so the script can be stopped and goes on. Writes tasks.json beside this file: for each
 run what its summary.json says, the test figures, and the commands; for the pre-trained encoder what always answering the most
-frequent token gets; for the students mean and spread over the seeds. The confusion matrix that `distllm eval` draws of
-sst2_minilm is kept as a picture. `--data` holds sst2/, multi30k/, wikitext2/ and tinyshakespeare/.
+frequent token gets; for its fine-tunings, for the same from random weights, and for the students mean and spread over the
+seeds. The confusion matrix that `distllm eval` draws of sst2_minilm is kept as a picture. `--data` holds sst2/, multi30k/,
+wikitext2/ and tinyshakespeare/.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
+from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,12 @@ from distllm.train.inference import open_source
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = str(Path(sys.executable).parent / "distllm")
 SEEDS = (1, 2, 3)
+FINE_TUNINGS = (1, 2, 3, 4, 5)
+"""The seeds of the pre-trained encoder's fine-tunings, and of the same from random weights."""
+RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+"""What the learning rate of both was chosen from, by the mean validation accuracy of the first two seeds."""
+CHOSEN = {"finetune": "2e-3", "scratch": "2e-3"}
+"""The learning rate that was chosen, which the configs have; only there the test set is asked."""
 
 
 def run(words: Sequence[str]) -> None:
@@ -57,8 +66,8 @@ def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], li
     flickr_test = ["--data", f"{flickr}.de", "--target", f"{flickr}.en", "--batch", "64"]
     drama = [f"data.sources.0.path={data}/tinyshakespeare/input.txt"]
     texts = [
-        f"data.sources.0.path={data}/wikitext2/test.txt", f"data.sources.1.path={data}/tinyshakespeare/input.txt",
-        f"data.validation.sources.0.path={data}/wikitext2/valid.txt",
+        f"data.sources.0.path={data}/wikitext2/valid.txt", f"data.sources.1.path={data}/wikitext2/test.txt",
+        f"data.sources.2.path={data}/tinyshakespeare/input.txt",
     ]  # fmt: skip
     runs = work / "runs"
     made: dict[str, tuple[list[str], list[str]]] = {}
@@ -69,9 +78,13 @@ def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], li
     for name in ("transformer", "gru"):
         made[f"multi30k_{name}"] = ([f"configs/multi30k/{name}.yaml", *pairs], flickr_test)
     made["encoder_pretrain"] = (["configs/encoder/pretrain.yaml", *texts], [])
-    made["encoder_finetune"] = (["configs/encoder/finetune.yaml", *sst2, f"model.path={runs}/encoder_pretrain"], test)
-    tokenizer = f"data.tokenizer.path={runs}/encoder_pretrain/tokenizer"
-    made["encoder_scratch"] = (["configs/encoder/scratch.yaml", *sst2, tokenizer], test)
+    for arm, start in (("finetune", "model.path="), ("scratch", "data.tokenizer.path=")):
+        place = f"{runs}/encoder_pretrain" + ("" if arm == "finetune" else "/tokenizer")
+        own = [f"configs/encoder/{arm}.yaml", *sst2, start + place]
+        for rate, seed in product(RATES, FINE_TUNINGS):
+            name, chosen = f"encoder_{arm}_lr_{rate}_{seed}", rate == CHOSEN[arm]
+            if chosen or seed in FINE_TUNINGS[:2]:
+                made[name] = ([*own, f"optim.lr={rate}", f"seed={seed}", f"name={name}"], test if chosen else [])
     made["shakespeare_char"] = (["configs/shakespeare_char.yaml", *drama], [])
     for seed in SEEDS:
         own = ["configs/distill/student.yaml", *drama, f"seed={seed}"]
@@ -109,12 +122,28 @@ def students(runs: dict[str, Any]) -> dict[str, Any]:
     return {how: {"losses": some, "mean": statistics.mean(some), "stdev": statistics.stdev(some)} for how, some in losses.items()}
 
 
+def encoders(runs: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tuned and from random weights: validation accuracies at each learning rate, test accuracies over the seeds."""
+    told: dict[str, Any] = {}
+    for arm in ("finetune", "scratch"):
+        tried = {
+            rate: statistics.mean(runs[f"encoder_{arm}_lr_{rate}_{seed}"]["summary"]["best_value"] for seed in FINE_TUNINGS[:2])
+            for rate in RATES
+        }
+        some = [runs[f"encoder_{arm}_lr_{CHOSEN[arm]}_{seed}"]["test"]["val_accuracy"] for seed in FINE_TUNINGS]
+        told[arm] = {
+            "validation_accuracy_of_rate": tried, "test_accuracies": some, "mean": statistics.mean(some),
+            "stdev": statistics.stdev(some),
+        }  # fmt: skip
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", default="models/all-MiniLM-L6-v2", help="the folder or hub name of the pre-trained encoder")
     parser.add_argument("--work", type=Path, default=Path("task_runs"), help="where runs and token stores go")
-    parser.add_argument("--only", default="", help="names, with commas between them; all")
+    parser.add_argument("--only", default="", help="names or patterns such as encoder_*, with commas between them; all")
     parser.add_argument("--set", nargs="*", default=[], help="further key=value for every training")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
@@ -124,8 +153,9 @@ def main() -> None:
         "versions": {"distllm": distllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
     }
-    for name, (training, measuring) in plans(args.data.resolve(), work, args.encoder).items():
-        if args.only and name not in args.only.split(","):
+    every = plans(args.data.resolve(), work, args.encoder)
+    for name, (training, measuring) in every.items():
+        if args.only and not any(fnmatch(name, pattern) for pattern in args.only.split(",")):
             continue
         folder = work / "runs" / name
         words = [*training, f"out={work}/runs", f"data.store={work}/store", *args.set]
@@ -145,6 +175,9 @@ def main() -> None:
         record["runs"][name] = entry
         if all(f"student_{seed}{ending}" in record["runs"] for seed in SEEDS for ending in ("", "_alone")):
             record["students"] = students(record["runs"])
+        arms = [run for run in every if run.startswith(("encoder_finetune", "encoder_scratch"))]
+        if all(run in record["runs"] for run in arms):
+            record["encoders"] = encoders(record["runs"])
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

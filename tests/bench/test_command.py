@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path, m
     assert bench(tmp_path, "--grid", "ranks=1") == 0
     (cell,) = cells(tmp_path).values()
     assert cell["status"] == REFUSED and cell["why"].startswith("model: ")
+
+
+def test_without_deepspeed_its_cells_are_rows_that_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_config(tmp_path)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert bench(tmp_path, "--grid", "engine.name=native,deepspeed ranks=1") == 0
+    native, zero = cells(tmp_path).values()
+    assert native["status"] == MEASURED and zero["status"] == REFUSED
+    assert zero["why"].startswith("engine.name=deepspeed: needs deepspeed; pip install 'distllm[deepspeed]'")
 
 
 def test_how_a_cell_failed_is_told() -> None:

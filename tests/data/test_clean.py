@@ -25,6 +25,8 @@ def test_off_changes_nothing() -> None:
         ({"unicode": "NFC"}, "e\u0301 ﬁ", "é ﬁ"),
         ({"unicode": "NFKC"}, "ﬁ ①", "fi 1"),
         ({"unicode": "NFD"}, "é", "e\u0301"),
+        ({"lowercase": True}, "ROMEO: Ça Straße", "romeo: ça straße"),
+        ({"lowercase": True, "unicode": "NFKC"}, "\U0001d400bc É", "abc é"),
         ({"control": True}, "a\x00b\x07\tc\nd\r\u200be\ufeff\u00ad\u202ef\x85", "ab\tc\ndef"),
         ({"control": True}, "été 漢字 🙂 \u00a0", "été 漢字 🙂 \u00a0"),
         ({"whitespace": True}, " \ta  b\n\n c\u00a0d\u2003 ", "a b c d"),
@@ -43,9 +45,9 @@ def test_each_step(options: dict[str, object], text: str, expected: str) -> None
 
 
 def test_all_steps_and_again() -> None:
-    config = CleanConfig(unicode="NFKC", control=True, whitespace=True, html=True)
-    assert clean(MESSY, config) == "A b & c fin"
-    assert clean(clean(MESSY, config), config) == "A b & c fin"
+    config = CleanConfig(unicode="NFKC", lowercase=True, control=True, whitespace=True, html=True)
+    assert clean(MESSY, config) == "a b & c fin"
+    assert clean(clean(MESSY, config), config) == "a b & c fin"
 
 
 def test_documents_are_cleaned_and_empty_ones_left_out(tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def test_digests(tmp_path: Path) -> None:
     assert folder_digest(folder) != first
     hf = TokenizerConfig(kind="hf", path=str(folder))
     before = spec_digest(hf)
+    (folder / "tokenizer").mkdir()  # a run keeps its own there
+    assert spec_digest(hf) == before
     (folder / "tokenizer.json").write_text("{}")
     assert spec_digest(hf) != before
     assert spec_digest(TokenizerConfig(vocab_size=300)) != spec_digest(TokenizerConfig(vocab_size=301))

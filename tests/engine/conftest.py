@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import with_deepspeed
+
 
 @pytest.fixture(scope="module")
 def imported() -> Iterator[None]:
     """DeepSpeed in the parent of all ranks: imported once."""
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed  # noqa: F401
-    yield
-    del os.environ["DS_ACCELERATOR"]
-    if before is not None:
-        os.environ["DS_ACCELERATOR"] = before
+    with with_deepspeed.imported():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -40,7 +40,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=20
-SlurmdTimeout=15
+SlurmdTimeout=120
 SlurmctldTimeout=30
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
 PreemptType=preempt/partition_prio
@@ -69,6 +69,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Run a client command with a time limit: with a node down, some wait for ever."""
@@ -104,10 +105,11 @@ class Cluster:
         while (facts := self.facts(job)) and (facts["JobState"], facts["Restarts"]) != ("PENDING", str(restarts)):
             assert time.monotonic() < deadline, f"job {job} is {facts['JobState']} after {facts['Restarts']} restarts"
             time.sleep(0.2)
-        while left := _steps_of(job):
+        while left := self.steps_of(job):
             assert time.monotonic() < deadline, f"job {job} is requeued, and there is still {left}"
             time.sleep(0.2)
         self.both_idle()
+        time.sleep(2.0)  # a node refuses what was allowed in the second in which it ended the old attempt: "already killed"
 
     def start(self, job: str, *, limit_s: float = 60.0) -> None:
         """Start a requeued job at once; again and again, because SLURM sets the time once more when the old attempt has ended."""
@@ -116,6 +118,33 @@ class Cluster:
             assert time.monotonic() < deadline, f"job {job} stays PENDING"
             self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
             time.sleep(0.5)
+
+    def processes(self) -> Iterator[psutil.Process]:
+        """What this cluster has started, and no other on this machine."""
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            if (process.info["environ"] or {}).get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                yield process
+
+    def kill_node(self, name: str, *, whole: bool) -> None:
+        """Kill a node's daemon and the tasks there, at once; as a `whole` node also those that would tell of the tasks' ends."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+        for process in self.processes():
+            if process.info["environ"].get("SLURMD_NODENAME") == name:
+                with suppress(psutil.NoSuchProcess):
+                    parent = process.parent()
+                    if whole and parent is not None and parent.name().startswith("slurmstepd"):
+                        parent.kill()
+                    process.kill()
+
+    def steps_of(self, job: str) -> list[str]:
+        """What still runs of a job, as the step daemons call themselves: `slurmstepd: [3.batch]`."""
+        titles = [" ".join(process.info["cmdline"] or ()) for process in self.processes()]
+        return [title for title in titles if title.startswith("slurmstepd") and f"[{job}." in title]
+
+    def revive_node(self, name: str) -> None:
+        """Start a node's daemon again."""
+        self.daemons[name] = _daemon(["slurmd", "-D", "-N", name], self)
 
     def clear(self) -> None:
         """End all jobs, and wait until both nodes are free."""
@@ -128,12 +157,6 @@ class Cluster:
         while self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() != ["idle", "idle"]:
             assert time.monotonic() < deadline, self.run("sinfo", check=False)
             time.sleep(0.2)
-
-
-def _steps_of(job: str) -> list[str]:
-    """What SLURM still runs of a job on this machine, as its step daemons call themselves: `slurmstepd: [3.batch]`."""
-    titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    return [title for title in titles if title.startswith("slurmstepd") and f"[{job}." in title]
 
 
 @contextmanager
@@ -156,10 +179,10 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         ["munged", "--foreground", "--force", *munge, f"--socket={folder}/munge.sock"], ["slurmctld", "-D", "-c"],
         ["slurmd", "-D", "-N", "node1"], ["slurmd", "-D", "-N", "node2"],
     ]  # fmt: skip
-    daemons: list[subprocess.Popen[bytes]] = []
+    daemons = found.daemons
     try:
         for command in commands:
-            daemons.append(_daemon(command, found, folder))
+            daemons[command[-1] if command[0] == "slurmd" else command[0]] = _daemon(command, found)
             if command[0] == "munged":
                 _until(lambda: (folder / "munge.sock").exists())
         _until(lambda: found.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).strip() == "2", 30.0)
@@ -167,18 +190,21 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         found.run("scancel", "--user=root", check=False)
         _until(lambda: not found.run("squeue", "-h", check=False).strip(), 40.0)
     finally:
-        for daemon in reversed(daemons):
+        for daemon in reversed(daemons.values()):
             daemon.terminate()
-        for daemon in reversed(daemons):
+        for daemon in reversed(daemons.values()):
             try:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for process in found.processes():  # steps of a test that failed
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
-def _daemon(command: list[str], found: Cluster, folder: Path) -> subprocess.Popen[bytes]:
-    with (folder / "log" / "daemons.log").open("ab") as log:
+def _daemon(command: list[str], found: Cluster) -> subprocess.Popen[bytes]:
+    with (found.folder / "log" / "daemons.log").open("ab") as log:
         clean = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST", "WANDB"))}
         return subprocess.Popen(command, env=clean | found.environment, stdout=log, stderr=log, process_group=0)
 

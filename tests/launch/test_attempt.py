@@ -109,6 +109,77 @@ def test_without_either_the_exit_code_asks(job: Path, capsys: pytest.CaptureFixt
     assert "neither scontrol nor sbatch works here: exit code 75 (RequeueExit in slurm.conf requeues it)" in capsys.readouterr().err
 
 
+def test_other_nodes_than_asked_for_are_not_started_on(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub(job, "scontrol")
+    run = ["--run", str(job.parent / "run"), "--nodes", "2", "--attempts", "2"]
+    assert attempt.main(["begin", str(job), *run]) == 75
+    assert capsys.readouterr() == (
+        "", "distllm: SLURM gave 1 node (n1) where 2 were asked for; asking SLURM to requeue job 12\n"
+    )  # fmt: skip
+    assert (job.parent / "called").read_text() == "scontrol requeue 12\n"
+    assert attempt.main(["begin", str(job), *run]) == 10
+    assert attempt.main(["begin", str(job), *run]) == 10
+    assert (job.parent / "called").read_text() == "scontrol requeue 12\n"  # once
+    stub(job, "scontrol", 1)
+    stub(job, "sbatch")
+    saved(job.parent, 7)
+    script = ["--script", str(job.parent / "bin" / "sbatch")]
+    assert attempt.main(["begin", str(job), *run, *script]) == 75  # a new job goes on, and this script must not
+
+
+def test_ranks_that_were_not_started_are_requeued(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub(job, "scontrol")
+    assert begin(job) == 0
+    assert end(job, attempt.NO_STEP) == 75
+    assert (job.parent / "called").read_text() == "scontrol requeue 12\n"
+    assert "SLURM did not start the ranks on all nodes, see srun's line above; asking" in capsys.readouterr().err
+    assert end(job, attempt.NO_STEP, "--asked", "TERM") == attempt.NO_STEP  # scancel while srun waits
+    write_report(job, Report(1, "n2", 8, ("out of memory",)))
+    assert end(job, attempt.NO_STEP) == 8
+    assert begin(job) == 0
+    assert end(job, attempt.NO_STEP) == 10
+    assert (job.parent / "called").read_text() == "scontrol requeue 12\n"
+
+
+def test_a_dead_node_is_told_from_a_killed_rank(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stub(job, "scontrol")
+    stub(job, "srun")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    begin(job)
+    write_report(job, Report(0, "n1", 7, ("lost another rank",)))
+    assert end(job, 7) == 7
+    asked = "srun --overlap --immediate=20 --nodes=2 --ntasks=2 --ntasks-per-node=1 true\n"
+    assert (job.parent / "called").read_text().endswith(asked)
+    stub(job, "srun", 1)
+    assert end(job, 7, "--asked", "TERM") == 7  # scancel
+    assert end(job, 7) == 75
+    assert "not all nodes answer any more; asking SLURM to requeue job 12" in capsys.readouterr().err
+    assert (job.parent / "called").read_text().endswith(asked + "scontrol requeue 12\n")
+    (job.parent / "bin" / "srun").write_text("#!/bin/sh\necho \"srun: unrecognized option '--overlap'\" >&2\nexit 1\n")
+    assert end(job, 7) == 7
+    stub(job, "srun", 1)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    assert end(job, 7) == 7
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    write_report(job, Report(1, "n2", 8, ("out of memory",)))  # it said why
+    assert end(job, 1) == 8
+
+
+def test_a_bench_is_never_requeued(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub(job, "scontrol")
+    run = ["--run", str(job.parent / "run"), "--once"]
+    assert attempt.main(["begin", str(job), *run, "--nodes", "2"]) == 7
+    assert capsys.readouterr().err == "distllm: SLURM gave 1 node (n1) where 2 were asked for; nearest: submit it again\n"
+    for _ in range(4):  # what it saves is no checkpoint
+        assert attempt.main(["begin", str(job), *run, "--nodes", "1"]) == 0
+    for code in (attempt.NO_STEP, 75, 11):
+        assert attempt.main(["end", str(job), *run, "--code", str(code)]) == code
+    write_report(job, Report(0, "n1", 11))
+    write_report(job, Report(1, "n1", 11))
+    assert attempt.main(["end", str(job), *run, "--code", "1"]) == 11
+    assert not (job.parent / "called").exists()
+
+
 def test_without_progress_nothing_is_requeued(job: Path) -> None:
     stub(job, "scontrol")
     assert [begin(job), begin(job)] == [0, 0]

@@ -54,6 +54,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--on slurm --sweep lr", "--sweep=lr: must be key=value,value; nearest: --sweep optim.lr=0.001,0.003"),
         ("--on slurm --sweep optim.lr=0.1,-1", "optim.lr=-1: must be a number above 0; nearest: 0.001"),
         ("--sweep optim.lr=0.1,1", "--sweep=optim.lr=0.1,1: is an array of jobs, not --on local; nearest: --on slurm"),
+        ("--interface eth0", "--interface=eth0: the ranks of one node meet on loopback; nearest: leave it out"),
+        ("--python no-such-python", f"--python=no-such-python: there is no such program; nearest: {sys.executable}"),
+        ("--command bnech", "--command=bnech: must be one of train, bench; nearest: bench"),
+        ("--command bench -- --grid layout.dp_shrad=1", "--grid=layout.dp_shrad=1: unknown key; nearest: layout.dp_shard"),
+        ("--command bench -- --gird layout.dp_shard=1", "No such option: --gird (Possible options: --grid); see distllm bench --help"),
+        ("--command bench layout.dp_shrad=1 -- --steps 5", "layout.dp_shrad=1: unknown key; nearest: layout.dp_shard"),
+        ("-- --grid a", "--grid: is no key=value, and only --command bench takes options behind --; nearest: leave it out"),
+        ("--command bench --on slurm --sweep seed=1,2", "--sweep=seed=1,2: is of trainings; nearest: --command bench -- --grid"),
         ("train.stesp=1", "train.stesp=1: unknown key; nearest: train.steps"),
         ("--gpus 3 layout.dp_shard=2", "layout.dp_shard=2: dp_replicate 1 x dp_shard 2 = 2 must equal the 3 processes; nearest: layout.dp_shard=3"),
         ("--gpus 2 device=cuda", "--gpus=2: this machine has 0 GPUs; nearest: 1, or device=cpu"),
@@ -79,6 +87,35 @@ def test_without_sbatch_ssh_or_deepspeed(here: Path, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert cli.run(["launch", "run.yaml", "--with", "deepspeed"]) == 2
     assert capsys.readouterr().err == "distllm: --with=deepspeed: the package deepspeed is not installed; pip install deepspeed, or --with torchrun\n"
+
+
+def test_a_bench_is_launched_and_ends_when_asked(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def family(argv: list[str], *, environment: dict[str, str], request: command.Request) -> int:
+        seen.append((argv, environment))
+        if len(seen) == 2:
+            request.stop.set()
+        return len(seen) - 1
+
+    monkeypatch.setattr(command, "run_family", family)
+    line = ["launch", "run.yaml", "train.steps=7", "--gpus", "2", "--command", "bench", "--", "--grid", "ranks=1,2 layout.dp_shard=auto"]
+    assert [cli.run(line), cli.run(line)] == [0, 130]
+    assert capsys.readouterr().err == "distllm: interrupted\n"
+    argv, environment = seen[0]
+    assert argv[argv.index("distllm") + 1 :] == ["bench", "run.yaml", "train.steps=7", "--grid", "ranks=1,2 layout.dp_shard=auto"]
+    assert environment["DISTLLM_RANKS"] == "2" and "DISTLLM_PREFLIGHT" not in environment  # which bench does not have
+
+
+def test_a_slurm_that_does_not_answer(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")
+    (here / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
+    assert cli.run(["launch", "run.yaml", "--on", "slurm"]) == 2
+    assert capsys.readouterr().err == (
+        "distllm: --on=slurm: SLURM does not answer here (Batch job submission failed: Unable to contact slurm controller (connect failure)); "
+        "nearest: sinfo, which shows whether it is up, or --on local\n"
+    )
 
 
 def test_nothing_heavy_is_imported(here: Path) -> None:

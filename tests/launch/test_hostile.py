@@ -104,7 +104,10 @@ def test_sbatch_sees_our_lines_alone_and_bash_our_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["name", "out", "python", "folder", "address", "interface", "host", "forward"])
 def test_fields_are_quoted_or_refused(field: str, tmp_path: Path) -> None:
     environment = stubbed(tmp_path)
-    plain = Job("run", "runs", ("train", "a.yaml"), "ssh", "torchrun", nodes=1, ranks=2, hosts=("n1",), folder=str(tmp_path))
+    hosts = ("n1", "n2") if field == "interface" else ("n1",)  # one node takes none
+    plain = Job(
+        "run", "runs", ("train", "a.yaml"), "ssh", "torchrun", nodes=len(hosts), ranks=2, hosts=hosts, folder=str(tmp_path)
+    )
     narrow = field in ("name", "address", "interface", "host", "forward")
     for number, text in enumerate(hostile()):
         value = (text,) if field in ("host", "forward") else text

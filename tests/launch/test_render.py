@@ -37,12 +37,16 @@ SSH_JOB = replace(
     QUICK, on="ssh", nodes=2, ranks=8, words=WORDS, device="cuda", hosts=("node1", "me@node2"), forward=FORWARD, folder="/home/me/my runs",
     threads=12, interface="eth0",
 )  # fmt: skip
+BENCH_WORDS = ("bench", "configs/quickstart.yaml", "device=cpu", "--grid", "ranks=1,2,4 layout.dp_shard=auto")
+BENCH = replace(SLURM, name="quickstart-bench", words=BENCH_WORDS, preflight=False)
 SWEEP = (("optim.lr=0.001", "seed=1"), ("optim.lr=0.003", "seed=1"))
 TEXTS = {
     **{f"local-{by}.sh": local_script(job) for by, job in LOCAL.items()},
     "local-torchrun-gpu.sh": local_script(replace(QUICK, device="cuda", ranks=8)),
     **{f"slurm-{by}.sbatch": sbatch_script(replace(GPUS, by=by)) for by in ("torchrun", "deepspeed", "accelerate", "srun")},
     "slurm-cpu.sbatch": sbatch_script(SLURM),
+    "slurm-bench.sbatch": sbatch_script(replace(GPUS, name="quickstart-bench", words=BENCH_WORDS, by="srun", preflight=False)),
+    "local-bench.sh": local_script(replace(QUICK, name="quickstart-bench", words=BENCH_WORDS, preflight=False)),
     "slurm-one-node.sbatch": sbatch_script(replace(SLURM, nodes=1)),
     "slurm-sweep.sbatch": sbatch_script(replace(SLURM, by="srun", slurm=Slurm(sweep=SWEEP, at_once=1))),
     **{f"ssh-{by}.sh": ssh_script(replace(SSH_JOB, by=by), ssh=SSH, address="node1", port="29500") for by in LOCAL},
@@ -63,7 +67,7 @@ def test_no_golden_file_is_left_over() -> None:
 def printed(*arguments: str, **environment: str) -> str:
     """What `distllm launch ... --print` writes in a repository, with a bare environment."""
     bare = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    command = [sys.executable, "-m", "distllm", "launch", *arguments, "--print", "--python", "python"]
+    command = [sys.executable, "-m", "distllm", "launch", "--print", "--python", "python", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=bare | environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -76,13 +80,16 @@ def test_the_scripts_in_the_launch_folder_are_what_print_shows(by: str) -> None:
     assert re.sub(threads, "OMP_NUM_THREADS=1", text) == (ROOT / "launch" / f"{by}.sh").read_text(encoding="utf-8")
 
 
-def test_the_sbatch_file_in_the_launch_folder_is_what_print_shows() -> None:
+@pytest.mark.parametrize("what", ["slurm", "bench"])
+def test_the_sbatch_files_in_the_launch_folder_are_what_print_shows(what: str) -> None:
     values = dict.fromkeys(FORWARD, "x") | {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     options = ("--on", "slurm", "--nodes", "2", "--gpus", "2", "--time", "1:00:00", "--cpus", "2")
-    text = printed("configs/quickstart.yaml", "layout.dp_shard=4", "device=cpu", *options, **values)
+    train = ("configs/quickstart.yaml", "layout.dp_shard=4", "device=cpu", *options)
+    bench = (BENCH_WORDS[1], BENCH_WORDS[2], *options, "--command", "bench", "--", *BENCH_WORDS[3:])
+    text = printed(*(train if what == "slurm" else bench), **values)
     ours = ",".join((*FORWARD, "DISTLLM_LAUNCH"))
     text = re.sub("(?<=#SBATCH --export=).*", ours, text)  # which of the allowed variables are set, differs between users
-    assert text == (ROOT / "launch" / "slurm.sbatch").read_text(encoding="utf-8")
+    assert text == (ROOT / "launch" / f"{what}.sbatch").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted([*(ROOT / "launch").glob("*"), *GOLDEN.glob("*.s*")]), ids=lambda path: path.name)
@@ -149,4 +156,5 @@ if __name__ == "__main__":
         (GOLDEN / name).write_text(text, encoding="utf-8")
     for by, job in LOCAL.items():
         (ROOT / "launch" / f"{by}.sh").write_text(local_script(job), encoding="utf-8")
-    (ROOT / "launch" / "slurm.sbatch").write_text(sbatch_script(SLURM), encoding="utf-8")
+    for what, job in (("slurm", SLURM), ("bench", BENCH)):
+        (ROOT / "launch" / f"{what}.sbatch").write_text(sbatch_script(job), encoding="utf-8")

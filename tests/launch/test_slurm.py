@@ -30,10 +30,10 @@ def submit(slurm: Cluster, folder: Path, *arguments: str, code: int = 0) -> str:
     environment = os.environ | slurm.environment | {
         "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_TOKEN": SECRET, "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    command = [sys.executable, "-m", "distllm", "launch", "tiny.yaml", *arguments, "--on", "slurm", "--cpus", "1"]
+    command = [sys.executable, "-m", "distllm", "launch", "tiny.yaml", "--on", "slurm", "--cpus", "1", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr if code else done.stdout.split()[1]
+    return done.stderr if code else done.stdout if "--print" in arguments else done.stdout.split()[1]
 
 
 def log(folder: Path, job: str, name: str = "tiny") -> str:
@@ -153,6 +153,27 @@ def test_a_rank_that_is_killed_fails_the_job_and_is_named(slurm: Cluster, tmp_pa
     assert "distllm: rank 1 ended without a word: killed (often: out of memory)" in log(tmp_path, job), log(tmp_path, job)
 
 
+def test_a_node_that_dies_without_a_word_is_noticed_before_slurm_does(slurm: Cluster, tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    options = ("--with", "srun", "--nodes", "2", "--gpus", "1", "--time", "9")
+    job = submit(slurm, tmp_path, *TWO, *LONG, "train.steps=400", "train.log_every=10", *options)
+    reached(tmp_path, 100)
+    slurm.kill_node("node2", whole=False)
+    try:
+        deadline = time.monotonic() + 100
+        while f"distllm: not all nodes answer any more; asking SLURM to requeue job {job}" not in log(tmp_path, job):
+            assert time.monotonic() < deadline, log(tmp_path, job)
+            time.sleep(0.2)
+    finally:
+        slurm.revive_node("node2")
+    slurm.requeued(job, restarts=1)
+    slurm.start(job)
+    slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT")
+    assert slurm.state(job) == "COMPLETED", log(tmp_path, job)
+    assert "continuing at step " in log(tmp_path, job)
+    assert list(losses(tmp_path / "runs" / "tiny")) == list(range(10, 401, 10))
+
+
 def test_an_array_is_a_sweep(slurm: Cluster, tmp_path: Path) -> None:
     tiny_config(tmp_path)
     options = ("--with", "srun", "--nodes", "1", "--gpus", "1", "--time", "5", "--sweep", "optim.lr=0.001,0.02", "--no-preflight")
@@ -165,6 +186,67 @@ def test_an_array_is_a_sweep(slurm: Cluster, tmp_path: Path) -> None:
     rates = [re.search(r"^  lr: (\S+)$", (run / "config.yaml").read_text(), re.MULTILINE)[1] for run in runs]  # type: ignore[index]
     assert [float(rate) for rate in rates] == [0.001, 0.02]
     assert {path.name for path in tmp_path.glob("*.log")} == {f"tiny-{job}_0.log", f"tiny-{job}_1.log"}
+
+
+def test_a_bench_runs_its_cells_in_the_job(slurm: Cluster, tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    grid = ("--grid", "ranks=1,2,4 layout.dp_shard=auto", "--steps", "2", "--warmup", "1")
+    options = ("--nodes", "2", "--gpus", "1", "--time", "5", "--command", "bench", "--")
+    job = submit(slurm, tmp_path, "device=cpu", *options, *grid)
+    slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT")
+    said = log(tmp_path, job, "tiny-bench")
+    assert slurm.state(job) == "COMPLETED", said
+    record = json.loads((tmp_path / "runs" / "tiny-bench" / "bench.json").read_text())
+    assert [cell["status"] for cell in record["cells"]] == ["measured", "measured", "refused"], said
+    assert record["hardware"]["job_ranks"] == 2 and record["cells"][1]["figures"]["sent"] > 0
+    assert record["cells"][2]["why"] == "ranks=4: this job has 2 ranks; nearest: 2"
+    reports = [json.loads(path.read_text()) for path in sorted((tmp_path / "runs/.launch/tiny-bench" / job).glob("rank-*.json"))]
+    assert [(r["rank"], r["node"], r["code"]) for r in reports] == [(0, "node1", 0), (1, "node2", 0)]
+    assert slurm.facts(job)["Requeue"] == "0"
+
+
+def scripted(slurm: Cluster, folder: Path, *options: str, change: tuple[tuple[str, str], ...], lead: tuple[str, ...] = ()) -> str:
+    """Print the script of two nodes, change it, and give it to sbatch; returns the job's number."""
+    tiny_config(folder)
+    two = ("--with", "srun", "--nodes", "2", "--gpus", "1", "--time", "5", "--no-preflight", *options)
+    text = submit(slurm, folder, *TWO[:3], *two, "--print")
+    for old, new in change:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / "job.sbatch").write_text(text)
+    return slurm.run("sbatch", "--parsable", *lead, "job.sbatch", cwd=folder).strip()
+
+
+def test_a_job_with_fewer_nodes_than_asked_is_requeued_and_stops_when_that_does_not_help(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    job = scripted(slurm, tmp_path, "--attempts", "2", change=(), lead=("--nodes=1",))  # stronger than the script's own line
+    slurm.requeued(job, restarts=1)
+    slurm.start(job)
+    slurm.wait(job, "FAILED", "COMPLETED", "TIMEOUT", "CANCELLED")
+    said = log(tmp_path, job)
+    assert slurm.state(job) == "FAILED" and slurm.facts(job)["ExitCode"] == "10:0", said
+    assert f"distllm: SLURM gave 1 node (node1) where 2 were asked for; asking SLURM to requeue job {job}" in said
+    assert "distllm: no progress: the last 2 attempts all began at the beginning" in said
+    assert not (tmp_path / "runs" / "tiny").exists()  # nothing was trained on half of the nodes
+
+
+def test_ranks_that_slurm_does_not_start_are_not_waited_for_for_ever(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    step = "# shellcheck disable=SC2016"
+    busy = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then srun -w node2 -N1 -n1 sleep 60 & sleep 1; fi\n' + step
+    job = scripted(slurm, tmp_path, change=(("--immediate=300", "--immediate=2"), (step, busy)))
+    slurm.requeued(job, restarts=1)
+    said = log(tmp_path, job)
+    assert f"srun: error: Unable to create step for job {job}: Requested nodes are busy" in said
+    assert "distllm: SLURM did not start the ranks on all nodes, see srun's line above; asking SLURM to requeue" in said
+    slurm.start(job)
+    slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT")
+    assert slurm.state(job) == "COMPLETED", log(tmp_path, job)
+    assert list(losses(tmp_path / "runs" / "tiny")) == list(range(1, 13))
 
 
 def test_what_slurm_cannot_do_is_told_in_a_line_and_nothing_is_queued(slurm: Cluster, tmp_path: Path) -> None:

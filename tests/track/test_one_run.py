@@ -1,13 +1,16 @@
-"""Exactly one W&B run a job, under several ranks and over a resume; no secret in any file of the run."""
+"""Exactly one W&B run a job, under every layout and engine and over a resume; no secret in any file of the run."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from tests.runs import losses, metrics, tiny_config
 
@@ -44,3 +47,25 @@ def test_two_ranks_and_a_resume_are_one_run(tmp_path: Path) -> None:
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("layout.tp=2", "layout.dp_shard=1"),
+        ("layout.pp=2", "layout.dp_shard=1"),
+        ("engine.name=deepspeed", "engine.zero_stage=2", "layout.dp_shard=2"),
+    ],
+    ids=" ".join,
+)
+def test_every_layout_and_engine_is_one_run_with_a_summary_of_its_node(layout: tuple[str, ...], tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    process = start(tmp_path, tmp_path / "tiny.yaml", *layout, "train.steps=3", "train.eval_every=0")
+    told = process.communicate(timeout=110)[0]
+    assert process.returncode == 0, told
+    run = tmp_path / "runs" / "tiny"
+    assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+    (data,) = run.glob("wandb/offline-run-*/*.wandb")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["node/0/ranks"] == 2 and summary["node/0/cpu_seconds"] > 0 and "node/1/ranks" not in summary
+    assert all(name.encode() in data.read_bytes() for name in summary if name.startswith("node/"))

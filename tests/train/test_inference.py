@@ -151,7 +151,7 @@ def planted(*, path: str) -> ModelSpec:
 
 def test_code_named_on_the_command_line_is_the_users_own(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(cli, "run_train", lambda loaded: seen.append(loaded.config.model.spec) or 0)
+    monkeypatch.setattr("distllm.train_command.run_train", lambda loaded: seen.append(loaded.config.model.spec) or 0)
     own = ["model.type=null", "model.sizes={}", "model.spec=distllm.models.ngram_mlp:spec"]
     assert cli.run(["train", str(trained), "layout.dp_shard=1", *own]) == 0 and seen == ["distllm.models.ngram_mlp:spec"]
 

@@ -126,14 +126,26 @@ def test_what_the_module_froze_itself_stays_frozen() -> None:
 
 def test_the_rate_decays_a_block_at_a_time() -> None:
     scales = learning_rate_scales(meta_model(BERT), BERT, TuneConfig(layer_decay=0.5))
+    assert scales is not None
     layers = [scales[f"bert.encoder.layer.{i}.output.dense.weight"] for i in range(3)]
     assert layers == [0.125, 0.25, 0.5]
     assert scales["classifier.bias"] == scales["bert.pooler.dense.weight"] == 1.0
     assert scales["bert.embeddings.LayerNorm.weight"] == scales["bert.embeddings.word_embeddings.weight"] == 0.0625
 
 
+def test_tables_learn_at_a_rate_of_their_own() -> None:
+    assert learning_rate_scales(meta_model(BERT), BERT, TuneConfig()) is None
+    scales = learning_rate_scales(meta_model(BERT), BERT, TuneConfig(embedding_rate=4.0))
+    tables = {f"bert.embeddings.{what}_embeddings.weight" for what in ("word", "position", "token_type")}
+    assert {name for name, scale in (scales or {}).items() if scale == 4.0} == tables
+    both = learning_rate_scales(meta_model(BERT), BERT, TuneConfig(embedding_rate=4.0, layer_decay=0.5))
+    assert both is not None and both["bert.embeddings.word_embeddings.weight"] == 0.25
+    assert both["bert.embeddings.LayerNorm.weight"] == 0.0625 and both["classifier.bias"] == 1.0
+
+
 def test_encoder_and_decoder_decay_alike() -> None:
     scales = learning_rate_scales(meta_model(BART), BART, TuneConfig(layer_decay=0.5))
+    assert scales is not None
     for side in ("encoder", "decoder"):
         assert [scales[f"model.{side}.layers.{i}.fc1.weight"] for i in range(2)] == [0.25, 0.5]
     assert scales["model.shared.weight"] == scales["model.decoder.layernorm_embedding.weight"] == 0.125
@@ -212,14 +224,17 @@ def test_every_layout_tunes_the_same(name: str, tmp_path: Path) -> None:
         assert max(abs(weights_there[key] - after[key]).max() for key in after) < 2e-5
 
 
-def test_a_scaled_rate_scales_the_update() -> None:
+@pytest.mark.parametrize("tune", [TuneConfig(layer_decay=0.5), TuneConfig(embedding_rate=4.0)], ids=["decay", "tables"])
+def test_a_scaled_rate_scales_the_update(tune: TuneConfig) -> None:
     moved: list[dict[str, torch.Tensor]] = []
-    for decay in (1.0, 0.5):
-        engine = engine_of(ONE, TuneConfig(layer_decay=decay))
+    for config in (TuneConfig(), tune):
+        engine = engine_of(ONE, config)
         before = {name: tensor.clone() for name, tensor in engine.full_tensors()}
         steps(engine, range(1))
         moved.append({name: tensor - before[name] for name, tensor in engine.full_tensors()})
-    for name, scale in learning_rate_scales(meta_model(BERT), BERT, TuneConfig(layer_decay=0.5)).items():
+    scales = learning_rate_scales(meta_model(BERT), BERT, tune)
+    assert scales is not None
+    for name, scale in scales.items():
         torch.testing.assert_close(moved[1][name], scale * moved[0][name], atol=1e-7, rtol=1e-3)
 
 
