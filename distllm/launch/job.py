@@ -118,7 +118,10 @@ def problems(job: Job) -> list[str]:
     if job.address:
         found += check_form("--address", job.address, NAME, rule="a host name or an IPv4 address", near="10.0.0.1")
     if job.interface:
-        found += check_form("--interface", job.interface, INTERFACE, rule="a network interface", near="eth0")
+        ill = check_form("--interface", job.interface, INTERFACE, rule="a network interface", near="eth0")
+        if not ill and job.nodes == 1:
+            ill = [f"--interface={job.interface}: the ranks of one node meet on loopback; nearest: leave it out"]
+        found += ill
     if not (job.port == 0 or 1024 <= job.port <= 65535):
         found.append(f"--port={job.port}: must be 1024 to 65535; nearest: {min(65535, max(1024, job.port))}")
     return found + (_slurm(job) if job.on == "slurm" else [])
@@ -128,8 +131,6 @@ def _choices(job: Job) -> list[str]:
     found = []
     if job.on == "local" and job.nodes != 1:
         found.append(f"--nodes={job.nodes}: --on local is this machine alone; nearest: 1, or --on ssh --hosts ...")
-    if job.interface and job.nodes == 1:
-        found.append(f"--interface={told(job.interface)}: the ranks of one node meet on loopback; nearest: leave it out")
     if job.by == "srun" and job.on != "slurm":
         found.append(f"--with=srun: is SLURM's, and this is --on {job.on}; nearest: torchrun, or --on slurm")
     if job.on == "ssh" and not job.hosts:
