@@ -17,7 +17,8 @@ EXIT_INTERRUPTED = 130
 _STORAGE = {
     errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission", errno.EPERM: "not permitted", errno.EIO: "the disk reports an error",
-    errno.EFBIG: "the file is too large for this file system",
+    errno.EFBIG: "the file is too large for this file system", errno.ENOTDIR: "is below a file, and needs a folder",
+    errno.EEXIST: "is a file, and a folder is needed",
 }  # fmt: skip
 # torch has no classes for these: what gloo, NCCL, the rendezvous and the allocators say.
 _UNREACHABLE = (

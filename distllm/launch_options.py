@@ -98,15 +98,18 @@ def _values_of_bench(context: typer.Context, words: list[str]) -> list[str]:
         The `key=value` words among them.
 
     Raises:
-        ConfigError: an option has a value that cannot be.
+        ConfigError: an option, or a key of the grid, has a value that cannot be.
     """
     from distllm.bench.asked import options_of
+    from distllm.bench.cells import configs_of
 
     parent = context.parent
     bench = getattr(parent, "command").get_command(parent, "bench")  # noqa: B009 (a group's, which the type does not say)
     given = bench.make_context("bench", words, parent=parent).params
-    options_of(
+    options = options_of(
         grid=given["grid"] or [], steps=given["steps"], warmup=given["warmup"], data=given["data"], against=given["against"],
         rounds=given["rounds"], compare=given["compare"], timeout_s=given["timeout"],
     )  # fmt: skip
-    return list(given["overrides"] or [])
+    values = list(given["overrides"] or [])
+    configs_of(given["config"], values, options.points)
+    return values

@@ -186,6 +186,8 @@ UNREACHABLE = "the ranks did not find one another at MASTER_ADDR:MASTER_PORT (MA
         (errors.StorageError("out: full"), 6, "out: full"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a/x"), 6, "runs/a/x: the disk is full; free some space, or choose another folder with out=... or data.store=..."),
         (OSError(errno.EROFS, "Read-only file system", "runs/a"), 6, "runs/a: the file system is read-only; free some space, or choose another folder with out=... or data.store=..."),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 6, "a/b: is below a file, and needs a folder; free some space, or choose another folder with out=... or data.store=..."),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), 6, "a: is a file, and a folder is needed; free some space, or choose another folder with out=... or data.store=..."),
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 6, "runs: no permission; free some space, or choose another folder with out=... or data.store=..."),
         (MemoryError(), 8, MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 8, MEMORY),

@@ -67,26 +67,37 @@ def cells_of(file: Path, overrides: Sequence[str], points: Sequence[Point], room
         ConfigError: values that a key cannot have. What cannot be combined is a cell that is refused.
     """
     if not points:
-        found = [_cell(file, overrides, point, room) for point in _usual(load(file, overrides).config, room)]
+        usual = list(_usual(load(file, overrides).config, room))
+        found = [_cell(config, point, room) for config, point in zip(configs_of(file, overrides, usual), usual, strict=True)]
         different: dict[str, Cell] = {}
         for cell in found:
             if not cell.refused:
                 different.setdefault(_what_runs(cell), cell)
         return list(different.values()) or found[:1]
-    cells, problems = [], []
+    configs = configs_of(file, overrides, points)
+    return [_cell(config, point, room) for config, point in zip(configs, points, strict=True)]
+
+
+def configs_of(file: Path, overrides: Sequence[str], points: Sequence[Point]) -> list[Config]:
+    """The config of each point of a grid; the grid's values come after those of the command line.
+
+    Raises:
+        ConfigError: values that a key cannot have, of all points at once.
+    """
+    configs, problems = [], []
     for point in points:
+        values = [f"{key}={value}" for key, value in point.items() if key != RANKS]
         try:
-            cells.append(_cell(file, overrides, point, room))
+            configs.append(load(file, [*overrides, *values]).config)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return cells
+    return configs
 
 
-def _cell(file: Path, overrides: Sequence[str], point: Point, room: Room) -> Cell:
-    values = [f"{key}={value}" for key, value in point.items() if key != RANKS]
-    config = _steady(load(file, [*overrides, *values]).config, cuda=room.gpus > 0)
+def _cell(config: Config, point: Point, room: Room) -> Cell:
+    config = _steady(config, cuda=room.gpus > 0)
     ranks = int(point[RANKS]) if RANKS in point else ranks_for(config, devices=room.ranks or room.gpus)
     return Cell(tuple(point.items()), config, ranks, tuple(_refusals(config, ranks, room)))
 

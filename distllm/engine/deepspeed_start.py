@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distllm.comm import World
-from distllm.config.errors import ConfigError
+from distllm.config.errors import ConfigError, StorageError
 from distllm.parallel.mesh import Mesh
 
 
@@ -97,6 +98,7 @@ def initialize(
 
     Raises:
         ConfigError: DeepSpeed has no fp16 here, or does not do as it was told.
+        StorageError: the folder of its files cannot be written.
     """
     deepspeed = load(world)
     if not dist.is_initialized():  # a world of one
@@ -108,6 +110,7 @@ def initialize(
         raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
     if json["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
         require_libaio()
+        require_folder(Path(json["zero_optimization"]["offload_optimizer"]["nvme_path"]))
     if mesh.sizes["tp"] > 1 and json["zero_optimization"]["stage"] == 3:
         # A block puts sums over tp ranks in the place of its whole parameters before its layers are called to gather them.
         for block in blocks:
@@ -150,6 +153,21 @@ def require_libaio() -> None:
     tools = str(Path(sys.executable).parent)  # ninja lies beside python, and the environment may not be activated
     if tools not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
+
+
+def require_folder(folder: Path) -> None:
+    """Make the folder of DeepSpeed's files, or refuse what cannot be one.
+
+    Raises:
+        StorageError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        told = f"engine.nvme_path={folder.parent}: no folder that can be written ({error.strerror})"
+        raise StorageError(f"{told}; nearest: a folder on a local disk, or engine.offload_optimizer=cpu") from error
 
 
 def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

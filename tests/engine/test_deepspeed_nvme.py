@@ -10,9 +10,9 @@ import pytest
 import distllm.train.build_deepspeed as builder
 from distllm.comm import World
 from distllm.config.deepspeed_json import deepspeed_json
-from distllm.config.errors import ConfigError
+from distllm.config.errors import ConfigError, StorageError
 from distllm.config.schema import Config
-from distllm.engine.deepspeed_start import require_libaio
+from distllm.engine.deepspeed_start import require_folder, require_libaio
 from tests.engine.files_in_python import use_python
 from tests.engine.zero_runs import COMMON, assert_equal_runs, uneven_run, zero
 from tests.ranks import on_ranks
@@ -57,3 +57,12 @@ def test_without_libaio_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match=r"engine.offload_optimizer=nvme: needs libaio, .*; nearest: cpu"):
         require_libaio()
+
+
+def test_a_path_that_is_no_folder_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told = r"engine.nvme_path=.*file: no folder that can be written \(Not a directory\); nearest: a folder on a local disk, or "
+    with pytest.raises(StorageError, match=told):
+        require_folder(tmp_path / "file" / "run")
+    require_folder(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []

@@ -58,6 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--python no-such-python", f"--python=no-such-python: there is no such program; nearest: {sys.executable}"),
         ("--command bnech", "--command=bnech: must be one of train, bench; nearest: bench"),
         ("--command bench -- --grid layout.dp_shrad=1", "--grid=layout.dp_shrad=1: unknown key; nearest: layout.dp_shard"),
+        ("--command bench -- --grid engine.name=native,natve", "engine.name=natve: must be one of native, deepspeed; nearest: native"),
         ("--command bench -- --gird layout.dp_shard=1", "No such option: --gird (Possible options: --grid); see distllm bench --help"),
         ("--command bench layout.dp_shrad=1 -- --steps 5", "layout.dp_shrad=1: unknown key; nearest: layout.dp_shard"),
         ("-- --grid a", "--grid: is no key=value, and only --command bench takes options behind --; nearest: leave it out"),

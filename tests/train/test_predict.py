@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import transformers
 from distllm import cli
 from distllm.comm import World
 from distllm.config.errors import CheckpointError, ConfigError, DataError, StorageError
-from distllm.config.schema import Config, DecodeConfig, TokenizerConfig
+from distllm.config.schema import CleanConfig, Config, DecodeConfig, TokenizerConfig
 from distllm.data.tokenizer import make_tokenizer
 from distllm.models.quiet import quiet
-from distllm.train.ensemble import open_ensemble
+from distllm.train import translate
+from distllm.train.ensemble import Ensemble, open_ensemble
 from distllm.train.evaluate_source import On, measure
 from distllm.train.files import Columns
 from distllm.train.inference import Choice, export_source, loader_of, open_source
@@ -153,6 +155,18 @@ def test_what_cannot_answer_together(place: Path) -> None:
         open_ensemble([classifier(place)], weights=(1, 2, 3))
     with pytest.raises(ConfigError, match="must be above 0"):
         open_ensemble([classifier(place)], weights=(0,))
+
+
+def test_back_translation_cleans_what_it_reads_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
+    texts = ["ONE Fine day", "no"]
+    plain = make_translator([folder])
+    assert plain(texts) != plain([text.lower() for text in texts])
+    (member,) = open_ensemble([folder]).members
+    data = member.config.data.model_copy(update={"clean": CleanConfig(lowercase=True)})
+    lower = Ensemble((replace(member, config=member.config.model_copy(update={"data": data})),), (1.0,))
+    monkeypatch.setattr(translate, "open_ensemble", lambda *a, **k: lower)
+    assert make_translator(["lower"])(texts) == plain([text.lower() for text in texts])
 
 
 def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -> None:
