@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, ConfigError, DataError, DistllmError
-from distllm.faults import EXIT_INTERRUPTED, describe, say, tell
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DataError, DistllmError
+from distllm.faults import describe, say, tell
 from distllm.launch.devices import has_driver
 from distllm.launch_options import launch as launch_command
 from distllm.launched import later_rank, report_end, show_log, world_size

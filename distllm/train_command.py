@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distllm.config.errors import EXIT_LOST, EXIT_OK, ConfigError, DistllmError
-from distllm.faults import EXIT_INTERRUPTED, describe, tell_of_rank
+from distllm.config.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, ConfigError, DistllmError
+from distllm.faults import describe, tell_of_rank
 from distllm.launch.devices import has_driver
 from distllm.launched import report_end, requests_held, show_log, tried_first, world_size
 
