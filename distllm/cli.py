@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_OK, ConfigError, DataError, DistllmError
-from distllm.faults import EXIT_INTERRUPTED, describe, say, tell
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DataError, DistllmError
+from distllm.faults import describe, say, tell
+from distllm.launch.devices import has_driver
 from distllm.launch_options import launch as launch_command
 from distllm.launched import later_rank, report_end, show_log, world_size
 from distllm.options import (
@@ -492,7 +493,7 @@ def _refuse_own_code(loaded: Loaded, folder: Path) -> None:
 
 def _unused_gpus() -> int:
     """The GPUs of this machine, counted without starting CUDA where there is a driver at all."""
-    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+    if not has_driver():
         return 0
     from distllm.verify.asked import gpus
 

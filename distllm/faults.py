@@ -7,13 +7,20 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from distllm.config.errors import EXIT_BUG, EXIT_LOST, EXIT_MEMORY, EXIT_STORAGE, ConfigError, DistllmError
+from distllm.config.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    EXIT_MEMORY,
+    EXIT_STORAGE,
+    ConfigError,
+    DistllmError,
+)
 
 if TYPE_CHECKING:
     from distllm.comm import World
     from distllm.watch.watch import Watch
 
-EXIT_INTERRUPTED = 130
 _STORAGE = {
     errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission", errno.EPERM: "not permitted", errno.EIO: "the disk reports an error",

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distllm.config.errors import EXIT_OK, EXIT_STOPPED, ConfigError
+from distllm.config.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, ConfigError
 
 if TYPE_CHECKING:
     from distllm.comm import World
 
 STATE, JOB = "state.json", "job.json"
 _TAIL = 65_536  # bytes of metrics.jsonl that surely hold its last steps
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _state(run: Path, state: dict[str, Any], queued: dict[str, Any], queue: dict
 def _ended(run: Path, code: int) -> str:
     if code == EXIT_OK:
         return "done"
-    return "stopped" if code in (EXIT_STOPPED, _INTERRUPTED) else f"failed ({code})"
+    return "stopped" if code in (EXIT_STOPPED, EXIT_INTERRUPTED) else f"failed ({code})"
 
 
 def _alive(pid: int) -> bool:

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distllm.config.errors import EXIT_LOST, EXIT_OK, ConfigError, DistllmError
-from distllm.faults import EXIT_INTERRUPTED, describe, tell_of_rank
+from distllm.config.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, ConfigError, DistllmError
+from distllm.faults import describe, tell_of_rank
+from distllm.launch.devices import has_driver
 from distllm.launched import report_end, requests_held, show_log, tried_first, world_size
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _run_rank(loaded: Loaded) -> int:
 
 def _local_devices(config: Config) -> int:
     """The accelerators of this machine; torch is asked only where a driver is."""
-    if config.device == "cpu" or not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+    if config.device == "cpu" or not has_driver():
         return 0
     import torch
 

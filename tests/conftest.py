@@ -34,5 +34,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """The reason for what was left out."""
     for line in config.stash.get(_WHY, []):
         terminalreporter.write_line(line)
-
-

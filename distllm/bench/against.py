@@ -30,7 +30,7 @@ from distllm.data.batch import Batch
 from distllm.data.loader import step_batches
 from distllm.parallel.mesh import AXES, build_mesh
 from distllm.track.meter import Meter
-from distllm.train.build import build_engine
+from distllm.train.build_native import build_engine
 from distllm.train.host import tune_host
 from distllm.train.tasks import make_task
 from distllm.train.tune import first_tensors

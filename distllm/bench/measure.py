@@ -28,8 +28,9 @@ from distllm.faults import describe, one_line
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.track.meter import peak_memory
 from distllm.track.peaks import peak_flops
-from distllm.train.build import build_engine, refuse_too_large
+from distllm.train.build import refuse_too_large
 from distllm.train.build_deepspeed import build_deepspeed, require_deepspeed
+from distllm.train.build_native import build_engine
 from distllm.train.host import seed_rank, tune_host
 from distllm.train.tasks import make_task
 from distllm.train.tune import first_tensors

@@ -18,6 +18,7 @@ EXIT_UNEQUAL = 9  # verify: a layout computes something else than one process, o
 EXIT_STUCK = 10  # several attempts in a row saved nothing further, so the job does not requeue itself again
 EXIT_SLOWER = 11  # bench --compare: a cell is slower, or takes more memory, beyond the noise
 EXIT_STOPPED = 75  # stopped by a signal after saving: the same command continues (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # ended at once on request: 128 + SIGINT, as a shell tells it
 
 
 class DistllmError(ValueError):

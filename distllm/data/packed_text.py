@@ -247,5 +247,3 @@ def _counts(stream: Stream, vocab_size: int, *, labels: bool, across: bool) -> n
                 keep &= ~stream.begins(at, n)[0]
         counts += np.bincount(stream.rows(at, n)[0][keep], minlength=vocab_size)
     return counts
-
-

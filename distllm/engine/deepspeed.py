@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         optimizer.loss_scale = 1.0
         scale = self._scale.value / self._loss_unit if self._scale else 1.0
         total = self._passes.train(microbatches, self._objective, scale=scale)
-        mean, count = total[0] / total[1], float(total[1])
+        mean, count = (total[0] / total[1]).float(), float(total[1])
         lr = self._schedule(self.updates)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)

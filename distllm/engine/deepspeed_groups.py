@@ -41,10 +41,11 @@ class Groups:
 
     def put_back(self, group: int) -> None:
         """Make a group what its copy is, where it has one; and from its fp32 weights, at stage 3, those to compute with."""
-        copy = self._copies.pop(group, None)
-        with self._resident(group, write=copy is not None):
-            for name, value in self._live(group).items() if copy is not None else ():
-                value.detach().copy_(copy[name])  # type: ignore[index]
+        copy = self._copies.pop(group, {})
+        with self._resident(group, write=bool(copy)):
+            live = self._live(group)
+            for name, value in copy.items():
+                live[name].detach().copy_(value)
             if self._stage == 3:
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
 

@@ -32,7 +32,7 @@ class Passes(Protocol):
             scale: what each loss sum is multiplied by before it goes backward.
 
         Returns:
-            [loss sum, count] of the global batch in fp32, unscaled, the same on every rank.
+            [loss sum, count] of the global batch in fp64, where any count is exact, unscaled, the same on every rank.
         """
         ...
 
@@ -63,13 +63,13 @@ class WholeModel:
     def train(self, microbatches: Sequence[Batch], objective: Objective, *, scale: float) -> torch.Tensor:
         """See `Passes`."""
         self._engine.train()
-        total = torch.zeros(2, dtype=torch.float32, device=self._device)
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
         for index, batch in enumerate(microbatches):
             is_last = index == len(microbatches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)
             here = batch.to(self._device)
             terms = objective(self._engine(**here.inputs), here)
-            total += torch.stack([terms.sum.detach().float(), terms.count.float()])
+            total += torch.stack([terms.sum.detach().double(), terms.count.double()])
             loss = terms.sum * scale
             if is_last:  # every rank's gradient shall tell what the global loss is, or ranks would part
                 comm.sum_over(total, self._mesh.loss_group)

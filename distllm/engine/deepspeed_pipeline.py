@@ -76,7 +76,7 @@ class PipelinePasses:
         total = comm.sum_over(pipeline.from_last(total), self._mesh.loss_group)
         self._spoil(torch.isfinite(total[0] / total[1]))
         engine._exec_reduce_grads()
-        return total.float()
+        return total
 
     def step(self) -> None:
         """See `Passes`."""

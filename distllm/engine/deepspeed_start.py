@@ -145,7 +145,11 @@ def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
 
 
 def require_libaio() -> None:
-    """Refuse files where their reading and writing cannot be compiled, which takes DeepSpeed minutes, once a machine."""
+    """Refuse files where their reading and writing cannot be compiled, which takes DeepSpeed minutes, once a machine.
+
+    Raises:
+        ConfigError: libaio is not installed.
+    """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
@@ -174,6 +178,14 @@ def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     """Refuse a call from which DeepSpeed cannot tell when the backward pass is through a block that it gathers as one.
 
     It waits for the gradients of positional arguments; where none has any, it takes the block's gradients, still zero, at once.
+
+    Args:
+        block: what is called.
+        args: its positional arguments.
+        kwargs: the others.
+
+    Raises:
+        ConfigError: no positional argument has a gradient, and gradients are computed.
     """
     if torch.is_grad_enabled() and not any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
         raise ConfigError(
@@ -185,7 +197,15 @@ def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def refuse_ignored(engine: Any, json: Mapping[str, Any]) -> None:
-    """Compare what DeepSpeed says of itself with what it was told: it drops what it does not understand without a word."""
+    """Compare what DeepSpeed says of itself with what it was told: it drops what it does not understand without a word.
+
+    Args:
+        engine: DeepSpeed's.
+        json: what it was given.
+
+    Raises:
+        ConfigError: a value that it does not have.
+    """
     told: dict[str, Any] = {
         "train_batch_size": engine.train_batch_size(),
         "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distllm.config.errors import EXIT_OK, EXIT_STOPPED, ConfigError
+from distllm.config.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, ConfigError
 from distllm.config.machine import cores
 from distllm.launch.commands import Place, command, hostfile
 from distllm.launch.devices import local_gpus
@@ -106,10 +106,10 @@ def run_local(job: Job) -> int:
         request = Request()
         with request.caught():
             code = run_family(command(job, place), environment=os.environ | found, request=request)
-        if code == 130:
+        if code == EXIT_INTERRUPTED:
             return code
         if request.stop.is_set() and not job.resumes:
-            return 130
+            return EXIT_INTERRUPTED
         code, lines = outcome(read_reports(Path(folder)), code=code, size=job.size)
     for line in lines:
         print(f"distllm: {line}", file=sys.stderr, flush=True)

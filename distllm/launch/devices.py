@@ -7,6 +7,11 @@ import re
 from pathlib import Path
 
 
+def has_driver() -> bool:
+    """Whether there is a driver of GPUs at all (NVIDIA's, AMD's, that of Windows for Linux); else torch need not be asked."""
+    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
 def local_gpus() -> int:
     """How many GPUs a process here would see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from distllm.config.errors import EXIT_INTERRUPTED
+
 POLL_S = 0.1
 AGAIN_S = 1.0
 """A rank that is still starting does not hear a request, so it is repeated."""
@@ -89,7 +91,7 @@ def run_family(
         _end(launcher, 0.0 if request.kill.is_set() else grace_s)
     code = launcher.returncode
     if request.kill.is_set():
-        return 130
+        return EXIT_INTERRUPTED
     return code if code >= 0 else 128 - code
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from distllm.config.errors import EXIT_LOST, EXIT_OK, EXIT_STOPPED
+from distllm.config.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, EXIT_STOPPED
 from distllm.config.machine import cores
 
 GRACE_S = 5.0  # a rank whose partner died hangs in a collective; its own stop request would wait there forever
@@ -124,7 +124,7 @@ class _Ranks:
         if failed is not None:
             return self._tell(failed, codes[failed])
         if self._interrupts > 1:
-            return 130
+            return EXIT_INTERRUPTED
         return next((code for code in codes if code != 0), 0)
 
     def _first_failure(self, alive: list[int]) -> int | None:

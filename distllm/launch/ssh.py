@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from distllm.config.errors import EXIT_LOST, EXIT_OK, EXIT_STOPPED, DistllmError
+from distllm.config.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, EXIT_STOPPED, DistllmError
 from distllm.launch.commands import Place, command, hostfile
 from distllm.launch.family import Request
 from distllm.launch.job import Job
@@ -95,7 +95,7 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
                 node.hang_up()
             cut = [node.host for node in nodes if not _end(node, patience_s=patience_s)]
     if request.stop.is_set() and not job.resumes:
-        return 130
+        return EXIT_INTERRUPTED
     code, lines = outcome(read_reports(shared), code=code, size=job.size)
     lines += [f"{host}: does not answer any more; what ran there ends by itself; nearest: ssh {host} true" for host in cut]
     for line in lines:
@@ -215,7 +215,7 @@ def _wait(nodes: Sequence[_Node], request: Request) -> int:
         time.sleep(0.1)
     codes = [node.process.poll() for node in nodes]
     if request.kill.is_set():
-        return 130
+        return EXIT_INTERRUPTED
     return next((code for code in codes if code not in (None, EXIT_OK, EXIT_STOPPED)), None) or max(
         c or 0 for c in codes
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from distllm.checkpoint.find import AVERAGES, Found, read_facts
 from distllm.checkpoint.manager import CheckpointManager
 from distllm.comm import World
 from distllm.config.check import Resolved, resolve_layout, resolved_config
-from distllm.config.check_task import loss_unit, packed
+from distllm.config.check_task import packed
 from distllm.config.errors import CheckpointError, ConfigError, DataError
 from distllm.config.load import digest, to_yaml
 from distllm.config.schema import Config
@@ -26,18 +25,17 @@ from distllm.data.prepare import Prepared, open_prepared, prepare
 from distllm.data.samples import Samples
 from distllm.data.tokenizer import Roles, check_roles, folder_digest, roles_of
 from distllm.engine.base import Engine
-from distllm.engine.native import DTYPES, NativeEngine
-from distllm.models.build import initial_tensors, meta_model, resolve_spec
+from distllm.models.build import meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
 from distllm.models.weights import LoadReport, load_report
 from distllm.parallel.mesh import Mesh, build_mesh
-from distllm.parallel.parallelize import Layout, Parallel, parallelize, refuse_misfits
+from distllm.parallel.parallelize import refuse_misfits
 from distllm.parallel.tensor_check import narrowest
 from distllm.track.log import close_log, open_log
 from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
 from distllm.train.build_deepspeed import build_deepspeed, require_deepspeed
-from distllm.train.distill import Teacher, distilled
+from distllm.train.build_native import build_engine
 from distllm.train.folder import (
     RunFolder,
     claim,
@@ -49,12 +47,10 @@ from distllm.train.folder import (
     read_tokenizer,
 )
 from distllm.train.host import memory_of, random_state, restore_random_state, seed_rank, tune_host
-from distllm.train.optim import make_optimizer, make_penalty
-from distllm.train.schedule import make_schedule
 from distllm.train.start import as_the_user_named, laid_out, with_start, with_teacher
 from distllm.train.stopping import Best
 from distllm.train.tasks import Labels, Task, make_task, outputs_of
-from distllm.train.tune import apply_tune, first_tensors, learning_rate_scales, tuned_spec
+from distllm.train.tune import apply_tune, first_tensors, tuned_spec
 
 
 @dataclass(frozen=True)
@@ -251,58 +247,6 @@ def refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: i
         )
 
 
-def build_engine(
-    config: Config,
-    world: World,
-    *,
-    mesh: Mesh,
-    spec: ModelSpec,
-    task: Task,
-    tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
-    teacher: Teacher | None = None,
-) -> NativeEngine:
-    """The model on its mesh with its first weights, and the engine that trains it.
-
-    Args:
-        config: what decides how it learns.
-        world: this rank's facts.
-        mesh: the ranks by axis.
-        spec: the model that trains, with adapters where they do.
-        task: what it learns.
-        tensors: the first weights by name, whole; None: those of `spec`.
-        teacher: whom it learns from.
-    """
-    model = meta_model(spec)
-    apply_tune(model, spec, config.tune)
-    objective = task.objective
-    if teacher is not None:
-        objective = distilled(objective, teacher=teacher, config=config.distill, kind=task.kind)
-    scales = learning_rate_scales(model, spec, config.tune)
-    # By names of the whole model, before a pipeline cuts it.
-    optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
-    penalty = make_penalty(config.optim, model=model)
-    parallel: Parallel = parallelize(
-        model, mesh, spec=spec, tensors=initial_tensors(spec, seed=config.seed) if tensors is None else tensors,
-        device=world.device, layout=_layout_of(config, ranks=world.size),
-    )  # fmt: skip
-    return NativeEngine(
-        parallel, objective=objective,
-        optimizer=optimizer,
-        schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps),
-        clip=config.optim.clip, penalty=penalty, precision=config.precision,
-        device=world.device, rank=world.rank, ema=config.train.ema,
-        loss_unit=loss_unit(config),
-    )  # fmt: skip
-
-
-def _layout_of(config: Config, *, ranks: int) -> Layout:
-    """How the config lays the model out, besides the sizes of the axes."""
-    return Layout(
-        DTYPES[config.precision.compute], config.layout.reshard_after_forward, config.activation, config.train.compile,
-        axes=config.layout, moe=config.moe, microbatches=resolve_layout(config, ranks).accumulation, seq_len=config.data.seq_len,
-    )  # fmt: skip
-
-
 def save(run: Run, *, position: Position) -> None:
     """Write a checkpoint of the run as it is now."""
     run.world.place.enter("checkpoint")
@@ -408,4 +352,3 @@ def _announce(run: Run, found: Found | None) -> None:
     )
     if found is not None:
         run.log.info(f"continuing at step {run.engine.updates} from {found.folder}")
-

@@ -169,5 +169,3 @@ def _corners(box: Box) -> tuple[tuple[int, int], ...]:
 
 def _together(a: Piece, b: Piece) -> Piece:
     return Piece(max(a.error, b.error), a.numbers + b.numbers, (*a.boxes, *b.boxes))
-
-

@@ -26,7 +26,7 @@ from distllm.models.spec import ModelSpec
 from distllm.parallel.expert import expert_modules
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.parallel.parallelize import Parallel
-from distllm.train.build import build_engine
+from distllm.train.build_native import build_engine
 from distllm.train.tasks import Labels, Task, make_task, outputs_of
 from distllm.train.tune import first_tensors, tuned_spec
 from distllm.verify.boxes import boxes as boxes_of

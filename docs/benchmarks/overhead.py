@@ -34,7 +34,8 @@ from distllm.data.batch import Batch
 from distllm.models.build import resolve_spec
 from distllm.parallel.mesh import AXES, build_mesh
 from distllm.track.meter import Meter
-from distllm.train.build import Position, build_engine
+from distllm.train.build import Position
+from distllm.train.build_native import build_engine
 from distllm.train.host import keep_memory
 from distllm.train.loop import due
 from distllm.train.optim import decaying_names

@@ -35,7 +35,7 @@ from distllm.data.tokenizer import roles_of
 from distllm.models.build import resolve_spec
 from distllm.parallel.mesh import AXES, build_mesh
 from distllm.track.meter import Meter
-from distllm.train.build import build_engine
+from distllm.train.build_native import build_engine
 from distllm.train.folder import read_tokenizer
 from distllm.train.host import keep_memory
 from distllm.train.optim import decaying_names

@@ -16,7 +16,7 @@ from distllm.comm import World
 from distllm.config.check import resolve_layout
 from distllm.data.loader import step_batches
 from distllm.parallel.mesh import AXES, build_mesh
-from distllm.train.build import build_engine
+from distllm.train.build_native import build_engine
 from distllm.train.tasks import make_task
 from tests.ranks import on_ranks
 from tests.runs import tiny_config

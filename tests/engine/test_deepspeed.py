@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +21,11 @@ from distllm.train.loop import train
 from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
+from tests.with_deepspeed import INSTALLED
 
 STEPS = 6
 pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if importlib.util.find_spec("deepspeed") is None:
+if not INSTALLED:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from distllm.train.build import build
 from tests.engine.zero_runs import COMMON, go, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
+from tests.with_deepspeed import INSTALLED
 
 FP16 = "precision.compute=fp16"
 OFFLOAD = ("engine.offload_optimizer=cpu",)
 pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if importlib.util.find_spec("deepspeed") is None:
+if not INSTALLED:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 from distllm.comm import World
 from distllm.config.schema import Config
 from distllm.train.build import build
-from tests.engine.zero_runs import COMMON, assert_equal_runs, go, zero
+from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import TINY, losses, metrics, run_tiny, state, tiny_config
 from tests.train.tasks import task_config
+from tests.with_deepspeed import INSTALLED
 
 STEPS = 6
 PIPELINE = zero(1, "layout.pp=2")
@@ -29,9 +29,8 @@ THREE = (
 )  # fmt: skip
 """Untied, and 3 micro-batches a step: DeepSpeed's division by them is not exact."""
 pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if importlib.util.find_spec("deepspeed") is None:
+if not INSTALLED:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
-from tests.engine.test_deepspeed import uneven_run  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from distllm.config.schema import ActivationConfig, LayoutConfig
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.parallel.mesh import AXES, build_mesh
 from distllm.parallel.parallelize import refuse_misfits
-from distllm.train.build import build_engine, guessed_spec
+from distllm.train.build import guessed_spec
+from distllm.train.build_native import build_engine
 from distllm.train.tasks import make_task
 from tests.ranks import on_ranks
 from tests.runs import tiny_config

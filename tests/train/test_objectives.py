@@ -184,4 +184,3 @@ def test_fp64_stays_fp64() -> None:
         multi_task(outputs, several, tasks=heads),
     ):
         assert terms.sum.dtype == torch.float64
-
