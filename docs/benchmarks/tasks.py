@@ -40,12 +40,15 @@ from distllm.train.inference import open_source
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = str(Path(sys.executable).parent / "distllm")
 SEEDS = (1, 2, 3)
-FINE_TUNINGS = (1, 2, 3, 4, 5)
-"""The seeds of the pre-trained encoder's fine-tunings, and of the same from random weights."""
-RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+FEW = 1000
+"""Sentences, the first of the training file, of the comparison where labels are few."""
+FEW_STEPS = ("train.steps=100", "schedule.warmup=10", "train.eval_every=20")
+FINE_TUNINGS = {"": (1, 2, 3, 4, 5), "few_": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
+"""The seeds of the pre-trained encoder's fine-tunings, and of the same from random weights: on all sentences and on few."""
+RATES = {"": ("5e-4", "1e-3", "2e-3", "4e-3"), "few_": ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")}
 """What the learning rate of both was chosen from, by the mean validation accuracy of the first two seeds."""
-CHOSEN = {"finetune": "2e-3", "scratch": "2e-3"}
-"""The learning rate that was chosen, which the configs have; only there the test set is asked."""
+CHOSEN = {"finetune": "2e-3", "scratch": "2e-3", "few_finetune": "5e-4", "few_scratch": "2e-3"}
+"""The learning rate that was chosen; only there the test set is asked. The configs have those for all sentences."""
 
 
 def run(words: Sequence[str]) -> None:
@@ -81,10 +84,11 @@ def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], li
     for arm, start in (("finetune", "model.path="), ("scratch", "data.tokenizer.path=")):
         place = f"{runs}/encoder_pretrain" + ("" if arm == "finetune" else "/tokenizer")
         own = [f"configs/encoder/{arm}.yaml", *sst2, start + place]
-        for rate, seed in product(RATES, FINE_TUNINGS):
-            name, chosen = f"encoder_{arm}_lr_{rate}_{seed}", rate == CHOSEN[arm]
-            if chosen or seed in FINE_TUNINGS[:2]:
-                made[name] = ([*own, f"optim.lr={rate}", f"seed={seed}", f"name={name}"], test if chosen else [])
+        for size, some in (("", []), ("few_", [f"data.sources.0.path={work}/sst2_{FEW}.tsv", *FEW_STEPS])):
+            for rate, seed in product(RATES[size], FINE_TUNINGS[size]):
+                name, chosen = f"encoder_{size}{arm}_lr_{rate}_{seed}", rate == CHOSEN[size + arm]
+                if chosen or seed in FINE_TUNINGS[size][:2]:
+                    made[name] = ([*own, *some, f"optim.lr={rate}", f"seed={seed}", f"name={name}"], test if chosen else [])
     made["shakespeare_char"] = (["configs/shakespeare_char.yaml", *drama], [])
     for seed in SEEDS:
         own = ["configs/distill/student.yaml", *drama, f"seed={seed}"]
@@ -122,15 +126,21 @@ def students(runs: dict[str, Any]) -> dict[str, Any]:
     return {how: {"losses": some, "mean": statistics.mean(some), "stdev": statistics.stdev(some)} for how, some in losses.items()}
 
 
-def encoders(runs: dict[str, Any]) -> dict[str, Any]:
-    """Fine-tuned and from random weights: validation accuracies at each learning rate, test accuracies over the seeds."""
+def encoders(runs: dict[str, Any], size: str) -> dict[str, Any]:
+    """Fine-tuned and from random weights: validation accuracies at each learning rate, test accuracies over the seeds.
+
+    Args:
+        runs: the record's.
+        size: "" for all sentences, "few_" for few.
+    """
     told: dict[str, Any] = {}
-    for arm in ("finetune", "scratch"):
+    for arm in (f"{size}finetune", f"{size}scratch"):
+        seeds = FINE_TUNINGS[size]
         tried = {
-            rate: statistics.mean(runs[f"encoder_{arm}_lr_{rate}_{seed}"]["summary"]["best_value"] for seed in FINE_TUNINGS[:2])
-            for rate in RATES
+            rate: statistics.mean(runs[f"encoder_{arm}_lr_{rate}_{seed}"]["summary"]["best_value"] for seed in seeds[:2])
+            for rate in RATES[size]
         }
-        some = [runs[f"encoder_{arm}_lr_{CHOSEN[arm]}_{seed}"]["test"]["val_accuracy"] for seed in FINE_TUNINGS]
+        some = [runs[f"encoder_{arm}_lr_{CHOSEN[arm]}_{seed}"]["test"]["val_accuracy"] for seed in seeds]
         told[arm] = {
             "validation_accuracy_of_rate": tried, "test_accuracies": some, "mean": statistics.mean(some),
             "stdev": statistics.stdev(some),
@@ -153,6 +163,9 @@ def main() -> None:
         "versions": {"distllm": distllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
     }
+    work.mkdir(parents=True, exist_ok=True)
+    sentences = (args.data / "sst2" / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (work / f"sst2_{FEW}.tsv").write_text("".join(sentences[:FEW]), encoding="utf-8")
     every = plans(args.data.resolve(), work, args.encoder)
     for name, (training, measuring) in every.items():
         if args.only and not any(fnmatch(name, pattern) for pattern in args.only.split(",")):
@@ -175,9 +188,10 @@ def main() -> None:
         record["runs"][name] = entry
         if all(f"student_{seed}{ending}" in record["runs"] for seed in SEEDS for ending in ("", "_alone")):
             record["students"] = students(record["runs"])
-        arms = [run for run in every if run.startswith(("encoder_finetune", "encoder_scratch"))]
-        if all(run in record["runs"] for run in arms):
-            record["encoders"] = encoders(record["runs"])
+        for size, key in (("", "encoders"), ("few_", "encoders_few")):
+            arms = [run for run in every if run.startswith((f"encoder_{size}finetune", f"encoder_{size}scratch"))]
+            if all(run in record["runs"] for run in arms):
+                record[key] = encoders(record["runs"], size)
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
