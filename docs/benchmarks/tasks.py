@@ -43,7 +43,7 @@ SEEDS = (1, 2, 3)
 FEW = 1000
 """Sentences, the first of the training file, of the comparison where labels are few."""
 FEW_STEPS = ("train.steps=100", "schedule.warmup=10", "train.eval_every=20")
-FINE_TUNINGS = {"": (1, 2, 3, 4, 5), "few_": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)}
+FINE_TUNINGS = {"": tuple(range(1, 13)), "few_": tuple(range(1, 11))}
 """The seeds of the pre-trained encoder's fine-tunings, and of the same from random weights: on all sentences and on few."""
 RATES = {"": ("5e-4", "1e-3", "2e-3", "4e-3"), "few_": ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")}
 """What the learning rate of both was chosen from, by the mean validation accuracy of the first two seeds."""
