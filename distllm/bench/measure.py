@@ -28,9 +28,8 @@ from distllm.faults import describe, one_line
 from distllm.parallel.mesh import AXES, Mesh, build_mesh
 from distllm.track.meter import peak_memory
 from distllm.track.peaks import peak_flops
-from distllm.train.build import refuse_too_large
-from distllm.train.build_deepspeed import build_deepspeed, require_deepspeed
-from distllm.train.build_native import build_engine
+from distllm.train.build import make_engine, refuse_too_large
+from distllm.train.build_deepspeed import require_deepspeed
 from distllm.train.host import seed_rank, tune_host
 from distllm.train.tasks import make_task
 from distllm.train.tune import first_tensors
@@ -109,7 +108,10 @@ def _trained(case: Case, world: World, *, steps: int, warmup: int) -> RankFigure
     resolved = resolve_layout(config, world.size)
     refuse_too_large(config, case.spec, world, shards=resolved.shards)
     mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})
-    engine = _built(case, world, mesh)
+    engine = make_engine(
+        config, world, mesh=mesh, spec=case.spec, task=make_task(config),
+        tensors=partial(first_tensors, case.plain, case.spec, seed=config.seed),
+    )  # fmt: skip
     seed_rank(config.seed, dp_rank=mesh.dp_rank, step=0)
     samples = case.samples(resolved)
     batches = step_batches(
@@ -126,15 +128,6 @@ def _trained(case: Case, world: World, *, steps: int, warmup: int) -> RankFigure
         _name(device), torch.get_num_threads(), step_s, wait_s, cpu_s, tokens, memory, 0.0, _sheet_peak(case, device), sent,
         float(loss),
     )  # fmt: skip
-
-
-def _built(case: Case, world: World, mesh: Mesh) -> Engine:
-    """The engine of a training run."""
-    config, spec, task = case.config, case.spec, make_task(case.config)
-    first = partial(first_tensors, case.plain, spec, seed=config.seed)
-    if config.engine.name == "deepspeed":
-        return build_deepspeed(config, world, mesh=mesh, spec=spec, task=task, tensors=first)
-    return build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=first())
 
 
 def _step(engine: Engine, data: Step) -> torch.Tensor:

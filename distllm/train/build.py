@@ -25,6 +25,7 @@ from distllm.data.prepare import Prepared, open_prepared, prepare
 from distllm.data.samples import Samples
 from distllm.data.tokenizer import Roles, check_roles, folder_digest, roles_of
 from distllm.engine.base import Engine
+from distllm.engine.deepspeed import Tensors
 from distllm.models.build import meta_model, resolve_spec
 from distllm.models.spec import ModelSpec
 from distllm.models.weights import LoadReport, load_report
@@ -36,6 +37,7 @@ from distllm.track.meter import Meter, peak_flops
 from distllm.track.tracker import Tracker
 from distllm.train.build_deepspeed import build_deepspeed, require_deepspeed
 from distllm.train.build_native import build_engine
+from distllm.train.distill import Teacher
 from distllm.train.folder import (
     RunFolder,
     claim,
@@ -131,6 +133,33 @@ def build(config: Config, world: World) -> Run:
         raise
 
 
+def make_engine(
+    config: Config,
+    world: World,
+    *,
+    mesh: Mesh,
+    spec: ModelSpec,
+    task: Task,
+    tensors: Tensors,
+    teacher: Teacher | None = None,
+) -> Engine:
+    """The engine that the config names, with the model laid out on its mesh.
+
+    Args:
+        config: what decides how it learns.
+        world: this rank's facts.
+        mesh: the ranks by axis.
+        spec: the model that trains.
+        task: what it learns.
+        tensors: a call gives the first weights by name, whole.
+        teacher: whom it learns from; under DeepSpeed nobody.
+    """
+    if config.engine.name == "deepspeed":
+        assert teacher is None, "check_engine refuses a teacher"
+        return build_deepspeed(config, world, mesh=mesh, spec=spec, task=task, tensors=tensors)
+    return build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=tensors(), teacher=teacher)
+
+
 def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFolder, log: logging.Logger) -> Run:
     """`build`, once the run has a folder and a log."""
     started = with_start(config, folder, world)
@@ -162,13 +191,10 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     if spec.hf_config is not None:
         comm.main_first(lambda: keep_model_config(folder, spec.hf_config), world)
     _tell_loaded(load_report(plain), log)
-    engine: Engine
-    first = partial(first_tensors, plain, spec, seed=config.seed)
-    if config.engine.name == "deepspeed":
-        engine = build_deepspeed(config, world, mesh=mesh, spec=spec, task=task, tensors=first)
-    else:
-        taught = laid_out(taught_by, config, world, mesh=mesh)
-        engine = build_engine(config, world, mesh=mesh, spec=spec, task=task, tensors=first(), teacher=taught)
+    engine = make_engine(
+        config, world, mesh=mesh, spec=spec, task=task, tensors=partial(first_tensors, plain, spec, seed=config.seed),
+        teacher=laid_out(taught_by, config, world, mesh=mesh),
+    )  # fmt: skip
     seed_rank(config.seed, dp_rank=_reader(mesh), step=0)
     attempt = comm.broadcast(secrets.token_hex(4), world)
     checkpoints = CheckpointManager(
