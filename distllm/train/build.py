@@ -368,8 +368,10 @@ def _announce(run: Run, found: Found | None) -> None:
     parameters = sum(p.numel() for p in meta_model(run.spec).parameters())
     r = run.resolved
     axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.sizes.items() if size > 1) or "one process"
+    engine = run.config.engine
+    by = f" by DeepSpeed, ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else ""
     run.log.info(
-        f"{run.spec.name}, {parameters:,} parameters, {run.config.precision.compute}, on {run.world.device.type}: {axes}"
+        f"{run.spec.name}, {parameters:,} parameters, {run.config.precision.compute}, on {run.world.device.type}: {axes}{by}"
     )
     run.log.info(
         f"global batch {r.global_batch} samples of {run.config.data.seq_len} tokens = micro-batch {r.micro_batch} x "
