@@ -182,7 +182,9 @@ def bench(
     steps: Annotated[int, typer.Option(min=2, help="Timed steps of a cell, and of a turn of --against.")] = 10,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 3,
     data: Annotated[str, typer.Option(help="config: your data; synthetic: random tokens.")] = "config",
-    against: Annotated[str, typer.Option(help="Loops to take turns with: bare, hf-trainer, accelerate, with commas.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Loops to take turns with: bare, hf-trainer, accelerate, or bare+host and so on; with commas.")
+    ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 6,
     compare: Annotated[Path | None, typer.Option(help="An older bench.json; ends with 11 when something is slower.")] = None,
     device: Device = "auto",

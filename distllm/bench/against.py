@@ -1,7 +1,9 @@
-"""distllm beside loops that others have, in turns in the same processes: the ratio of their CPU time is what counts.
+"""distllm beside loops that others have, in turns: the ratio of their CPU time is what counts.
 
-Each side starts from equal weights, takes the same micro-batches, the same fused AdamW and the same clipping. Time is process
-CPU time of all ranks, which other work on the machine hardly enters. Sides take turns, each round in another order.
+Each side starts from equal weights, takes the same micro-batches, the same fused AdamW and the same clipping. Every turn has
+processes of its own, as each would have in use: what one side leaves in a process (caches, freed memory, an allocator's
+settings) does not help or hinder another. Time is process CPU time of all ranks, which other work on the machine hardly
+enters. Sides take turns, each round in another order.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from distllm.bench.asked import ACCELERATE, BARE, ON_OUR_HOST, OURS, kind_of
 from distllm.bench.case import Case
 from distllm.bench.measure import together
 from distllm.bench.sides import Setting, bare, hf_trainer
@@ -35,7 +39,6 @@ from distllm.train.host import tune_host
 from distllm.train.tasks import make_task
 from distllm.train.tune import first_tensors
 
-OURS = "distllm"
 Side = Callable[[int], tuple[float, float]]
 """Take so many steps; gives CPU-seconds and seconds."""
 
@@ -61,28 +64,35 @@ def plain_data_parallel(config: Config, ranks: int) -> Config:
 
 
 @dataclass(frozen=True)
-class Turns:
-    """What one rank measured."""
+class Turn:
+    """What one rank measured in one turn of one side."""
 
-    cpu_s: Mapping[str, tuple[float, ...]]
-    """Side -> CPU-seconds of a step, a round each."""
-    wall_s: Mapping[str, tuple[float, ...]]
+    cpu_s: float
+    """CPU-seconds of a step."""
+    wall_s: float
     tokens: int
     """Of a step, of all ranks."""
 
 
-def take_turns(case: Case, world: World, *, sides: Sequence[str], rounds: int, steps: int) -> Turns:
-    """Train with every side in turns.
+def load_sides(sides: Sequence[str]) -> None:
+    """Import what the sides need, once and not in each of their processes."""
+    with _quiet():
+        for side in sides:
+            if kind_of(side) != BARE:
+                import_module("distllm.bench.with_accelerate" if kind_of(side) == ACCELERATE else "transformers.trainer")
+
+
+def take_turn(case: Case, world: World, *, side: str, steps: int) -> Turn:
+    """Train with one side for some steps, after two that do not count.
 
     Args:
         case: with `plain_data_parallel`.
         world: this rank's facts.
-        sides: some of `asked.SIDES`.
-        rounds: turns of each.
-        steps: of one turn.
+        side: `distllm`, or one of `asked.SIDES`.
+        steps: that count.
     """
     config = case.config
-    tune_host(config, world)
+    tune_host(config, world, allocator=side == OURS or side.endswith(ON_OUR_HOST))
     resolved = resolve_layout(config, world.size)
     mesh = build_mesh(world, sizes={axis: getattr(resolved, axis) for axis in AXES})
     batches = step_batches(case.samples(resolved), start=0, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, prefetch=1, pin=False)
@@ -90,23 +100,23 @@ def take_turns(case: Case, world: World, *, sides: Sequence[str], rounds: int, s
     batches.close()
     micro = [batch.to(world.device) for batch in data.microbatches]
     with tempfile.TemporaryDirectory(prefix="distllm-bench-") as folder, _quiet():
-        runs: dict[str, Side] = {OURS: _ours(case, world, micro, tokens=data.tokens)}
-        for side in sides:
-            setting = Setting(config, world, _same_model(case, world), micro, Path(folder))
-            runs[side] = _make(side, setting)
-        for run in runs.values():
-            run(2)
-        cpu: dict[str, list[float]] = {side: [] for side in runs}
-        wall: dict[str, list[float]] = {side: [] for side in runs}
-        names = list(runs)
-        for number in range(rounds):
-            turn = names[number % len(names) :] + names[: number % len(names)]
-            for side in turn if number % 2 == 0 else reversed(turn):
-                together(world)
-                spent, took = runs[side](steps)
-                cpu[side].append(spent / steps)
-                wall[side].append(took / steps)
-    return Turns({k: tuple(v) for k, v in cpu.items()}, {k: tuple(v) for k, v in wall.items()}, data.tokens)
+        if side == OURS:
+            run = _ours(case, world, micro, tokens=data.tokens)
+        else:
+            run = _make(kind_of(side), Setting(config, world, _same_model(case, world), micro, Path(folder)))
+        run(2)
+        together(world)
+        cpu, wall = run(steps)
+        together(world)
+    return Turn(cpu / steps, wall / steps, data.tokens)
+
+
+def orders(sides: Sequence[str], rounds: int) -> Iterator[Sequence[str]]:
+    """For each round the order of the sides: each begins in turn, forwards and backwards."""
+    for number in range(rounds):
+        first = number % len(sides)
+        turn = [*sides[first:], *sides[:first]]
+        yield turn if number % 2 == 0 else turn[::-1]
 
 
 @contextlib.contextmanager
@@ -117,10 +127,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _make(side: str, setting: Setting) -> Side:
-    if side == "bare":
+def _make(kind: str, setting: Setting) -> Side:
+    if kind == BARE:
         return timed(bare(setting), setting.world)
-    if side == "accelerate":
+    if kind == ACCELERATE:
         from distllm.bench.with_accelerate import accelerated
 
         return timed(accelerated(setting), setting.world)
@@ -169,16 +179,16 @@ def _ours(case: Case, world: World, micro: Sequence[Batch], *, tokens: int) -> S
     return timed(step, world)
 
 
-def summary(ranks: Sequence[Turns]) -> dict[str, Any]:
+def summary(turns: Mapping[str, Sequence[Sequence[Turn]]]) -> dict[str, Any]:
     """Side -> its CPU-seconds and seconds a token (medians over the rounds), and the ratio of distllm's to them, round by round.
 
     Args:
-        ranks: what each measured.
+        turns: side -> for each round what each rank measured.
     """
-    tokens, found = ranks[0].tokens, {}
-    totals = {side: [sum(each) for each in zip(*(rank.cpu_s[side] for rank in ranks), strict=True)] for side in ranks[0].cpu_s}
+    tokens, found = turns[OURS][0][0].tokens, {}
+    totals = {side: [sum(turn.cpu_s for turn in ranks) for ranks in rounds] for side, rounds in turns.items()}
     for side, values in totals.items():
-        wall = [max(each) for each in zip(*(rank.wall_s[side] for rank in ranks), strict=True)]
+        wall = [max(turn.wall_s for turn in ranks) for ranks in turns[side]]
         figures: dict[str, Any] = {
             "cpu_s_per_token": statistics.median(values) / tokens, "wall_s_per_token": statistics.median(wall) / tokens,
             "cpu_s": values, "wall_s": wall, "ratio": None,

@@ -13,7 +13,11 @@ from distllm.config.kinds import kind_at, known_keys, shown
 
 RANKS = "ranks"
 """A key of the grid that is none of the config: how many ranks."""
-SIDES = ("bare", "hf-trainer", "accelerate")
+OURS = "distllm"
+BARE, TRAINER, ACCELERATE = "bare", "hf-trainer", "accelerate"
+ON_OUR_HOST = "+host"
+"""At the end of a side's name: it runs under the memory allocator's settings that distllm's processes have."""
+SIDES = (BARE, TRAINER, ACCELERATE, *(side + ON_OUR_HOST for side in (BARE, TRAINER, ACCELERATE)))
 DATA = ("config", "synthetic")
 MOST_CELLS = 256
 
@@ -73,12 +77,18 @@ def options_of(
     for side in sides:
         if side not in SIDES:
             near = difflib.get_close_matches(side, SIDES, n=1, cutoff=0.2) or ["bare"]
-            problems.append(f"--against={shown(side)}: must be of {', '.join(SIDES)}, with commas; nearest: {near[0]}")
+            known = f"{', '.join(SIDES[:3])}, each also with {ON_OUR_HOST}, with commas"
+            problems.append(f"--against={shown(side)}: must be of {known}; nearest: {near[0]}")
     if compare is not None and not compare.is_file():
         problems.append(f"--compare={compare}: no such file; nearest: the bench.json of an earlier run")
     if problems:
         raise ConfigError(problems)
     return Options(list(points.values()), steps, warmup, data, sides, rounds, compare, timeout_s)
+
+
+def kind_of(side: str) -> str:
+    """The loop that a side runs, whatever its host's settings."""
+    return side.removesuffix(ON_OUR_HOST)
 
 
 def parse_grid(text: str) -> tuple[dict[str, list[str]], list[str]]:

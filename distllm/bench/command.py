@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from distllm.bench import against
-from distllm.bench.asked import Options
+from distllm.bench.asked import OURS, Options
 from distllm.bench.case import Case, Cases
 from distllm.bench.cells import Cell, Room, cells_of
 from distllm.bench.compare import read_record, regressions, remarks
@@ -27,6 +28,7 @@ from distllm.bench.table import ending, growing, of_sides, say
 from distllm.comm import World
 from distllm.config.errors import EXIT_OK, EXIT_SLOWER, ConfigError
 from distllm.config.load import load
+from distllm.data.bar import Bar
 from distllm.verify.ranks import Broken, on_ranks
 
 T = TypeVar("T")
@@ -75,16 +77,23 @@ class Bench:
         if why := against.problem(cell.config):
             return told | {"status": REFUSED, "why": f"--against: {why}"}
         config = against.plain_data_parallel(cell.config, ranks)
-        sides, rounds, steps = self.options.against, self.options.rounds, self.options.steps
+        sides, steps = (OURS, *self.options.against), self.options.steps
+        turns: dict[str, list[list[against.Turn]]] = {side: [] for side in sides}
+        against.load_sides(self.options.against)
+        total = self.options.rounds * len(sides)
         try:
-            turn = partial(against.take_turns, self._case(config), sides=sides, rounds=rounds, steps=steps)
-            reports = self._on_ranks(turn, ranks)
+            case = self._case(config)
+            with Bar(f"beside others on {ranks} ranks", total=total, unit="turns", show=self.is_main) as bar:
+                for side in itertools.chain.from_iterable(against.orders(sides, self.options.rounds)):
+                    reports = self._on_ranks(partial(against.take_turn, case, side=side, steps=steps), ranks)
+                    if isinstance(reports, Broken):
+                        row = failed(cell, reports)
+                        return told | {"status": row.status, "why": f"{side}: {row.why}"}
+                    turns[side].append(reports)
+                    bar.advance(1)
         except ConfigError as error:
             return told | {"status": REFUSED, "why": error.problems[0]}
-        if isinstance(reports, Broken):
-            row = failed(cell, reports)
-            return told | {"status": row.status, "why": row.why}
-        return told | {"status": MEASURED, "tokens": reports[0].tokens, "sides": against.summary(reports)}
+        return told | {"status": MEASURED, "tokens": turns[OURS][0][0].tokens, "sides": against.summary(turns)}
 
     def leave(self) -> None:
         """Nothing more is to be run."""

@@ -101,7 +101,7 @@ def of_sides(found: Sequence[Mapping[str, Any]]) -> list[str]:
             text = "" if ratio is None else (
                 f"; distllm takes {ratio['median']:.3f} of it ({ratio['low']:.3f} to {ratio['high']:.3f} over the rounds)"
             )  # fmt: skip
-            lines.append(f"  {side:<12}{1e6 * figures['cpu_s_per_token']:,.1f}{text}")
+            lines.append(f"  {side:<17}{1e6 * figures['cpu_s_per_token']:,.1f}{text}")
     return lines
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import accelerate
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from distllm.bench.sides import Setting, adamw, as_a_launcher_says, cosine
 
@@ -15,8 +14,6 @@ def accelerated(setting: Setting) -> Callable[[], None]:
     """One step under `Accelerator.accumulate`."""
     config, micro = setting.config, setting.micro
     as_a_launcher_says(setting.world)
-    for state in (AcceleratorState, GradientState, PartialState):  # the Trainer has left its own
-        state._reset_state()
     accelerator = accelerate.Accelerator(
         cpu=setting.world.device.type == "cpu", mixed_precision="bf16" if config.precision.compute == "bf16" else "no",
         gradient_accumulation_steps=len(micro),

@@ -17,15 +17,16 @@ from distllm.config.machine import cores
 from distllm.config.schema import Config
 
 
-def tune_host(config: Config, world: World) -> None:
+def tune_host(config: Config, world: World, *, allocator: bool = True) -> None:
     """Set threads, allocator and number formats of this process.
 
     Args:
         config: `train.threads`, `train.deterministic` and `precision.tf32` are read.
         world: local ranks share the cores.
+        allocator: whether to set that of memory too.
     """
     torch.set_num_threads(config.train.threads or max(1, cores() // world.local_size))
-    if world.device.type == "cpu":
+    if allocator and world.device.type == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
     if config.train.deterministic:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distllm.bench.against import Turns, plain_data_parallel, problem, summary
+from distllm.bench.against import Turn, orders, plain_data_parallel, problem, summary, take_turn
 from distllm.bench.case import Cases
+from distllm.bench.measure import resident
 from distllm.bench.sides import Setting, bare
 from distllm.cli import run
 from distllm.comm import World
@@ -25,12 +26,13 @@ from tests.runs import tiny_config
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_sides_take_turns(ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_config(tmp_path)
-    words = f"--grid ranks={ranks} --against bare,hf-trainer,accelerate --rounds 2 --steps 2 --warmup 1 --data synthetic"
+    sides = "bare,bare+host,hf-trainer,accelerate"
+    words = f"--grid ranks={ranks} --against {sides} --rounds 2 --steps 2 --warmup 1 --data synthetic"
     argv = ["bench", str(tmp_path / "tiny.yaml"), *words.split(), "--device", "cpu", "--out", str(tmp_path / "out")]
     assert run(argv) == 0
     (found,) = json.loads((tmp_path / "out" / "bench.json").read_text())["against"]
     assert found["ranks"] == ranks and found["status"] == "measured", found
-    assert set(found["sides"]) == {"distllm", "bare", "hf-trainer", "accelerate"}
+    assert set(found["sides"]) == {"distllm", *sides.split(",")}
     for side, figures in found["sides"].items():
         assert len(figures["cpu_s"]) == 2 and all(seconds > 0 for seconds in figures["cpu_s"])
         assert (figures["ratio"] is None) == (side == "distllm")
@@ -39,10 +41,13 @@ def test_all_sides_take_turns(ranks: int, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_bare_loop_trains_what_distllm_trains(tmp_path: Path) -> None:
-    """A ratio of CPU times means something only where both compute the same: the weights after two steps agree."""
-    config = plain_data_parallel(
-        tiny_config(tmp_path, "schedule.name=constant", "schedule.warmup=0", "optim.lr=0.001", prepared=False), 2
-    )
+    """A ratio of CPU times means something only where both compute the same: the weights after two steps agree.
+
+    Adam divides by the gradient's size: with its usual epsilon a gradient of 1e-9 that is rounded otherwise moves its
+    weight by another 1e-5.
+    """
+    words = ["schedule.name=constant", "schedule.warmup=0", "optim.lr=0.001", "optim.eps=1e-5"]
+    config = plain_data_parallel(tiny_config(tmp_path, *words, prepared=False), 2)
     case = Cases(tmp_path, synthetic=True).case(config)
 
     def both(world: World) -> float:
@@ -68,11 +73,38 @@ def test_the_bare_loop_trains_what_distllm_trains(tmp_path: Path) -> None:
 
 
 def test_ratios_are_of_rounds() -> None:
-    one = Turns({"distllm": (1.0, 2.0, 3.0), "bare": (1.0, 1.0, 4.0)}, {"distllm": (1.0,) * 3, "bare": (2.0,) * 3}, 10)
-    found = summary([one, one])
+    def rounds(*seconds: float, wall: float) -> list[list[Turn]]:
+        return [[Turn(each, wall, 10)] * 2 for each in seconds]
+
+    found = summary({"distllm": rounds(1.0, 2.0, 3.0, wall=1.0), "bare": rounds(1.0, 1.0, 4.0, wall=2.0)})
     assert found["distllm"]["cpu_s_per_token"] == pytest.approx(0.4) and found["distllm"]["ratio"] is None
     assert found["bare"]["cpu_s_per_token"] == pytest.approx(0.2) and found["bare"]["wall_s_per_token"] == pytest.approx(0.2)
     assert found["bare"]["ratio"] == {"median": 1.0, "low": 0.75, "high": 2.0}
+
+
+def test_each_side_begins_in_turn() -> None:
+    assert [list(order) for order in orders(["a", "b", "c"], 4)] == [list("abc"), list("acb"), list("cab"), list("cba")]
+
+
+def test_only_distllm_and_who_asks_for_it_has_its_allocator(tmp_path: Path) -> None:
+    """Read off the allocator itself: freed memory goes back to the system, unless it was told to keep it."""
+    config = plain_data_parallel(tiny_config(tmp_path, prepared=False), 1)
+    case = Cases(tmp_path, synthetic=True).case(config)
+
+    def keeps(side: str) -> bool:
+        def given(world: World) -> bool:
+            take_turn(case, world, side=side, steps=1)
+            before = resident()
+            large = torch.ones(64 << 20, dtype=torch.uint8)
+            held = resident()
+            del large
+            assert held - before > 32 << 20
+            return held - resident() < 16 << 20
+
+        (answer,) = on_ranks(given, 1, tmp_path / side)
+        return answer
+
+    assert [keeps(side) for side in ("distllm", "bare", "bare+host")] == [True, False, True]
 
 
 @pytest.mark.parametrize(

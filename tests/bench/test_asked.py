@@ -43,7 +43,7 @@ def test_commas_and_spaces_inside_brackets_divide_nothing() -> None:
         ({"grid": [" "]}, "names no key; nearest: layout.dp_shard=1,2"),
         ({"grid": ["seed=" + ",".join(map(str, range(300)))]}, "--grid: 300 cells; at most 256 are run; nearest: fewer values"),
         ({"data": "random"}, "--data=random: must be config or synthetic; nearest: synthetic"),
-        ({"against": "bare,trainer"}, "--against=trainer: must be of bare, hf-trainer, accelerate, with commas; nearest: hf-"),
+        ({"against": "bare,trainer"}, "--against=trainer: must be of bare, hf-trainer, accelerate, each also with +host, "),
         ({"compare": Path("nowhere.json")}, "--compare=nowhere.json: no such file; nearest: the bench.json of an earlier run"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distllm.config.schema import HeadConfig
 from distllm.data.batch import IGNORE, Batch
@@ -44,6 +46,57 @@ def test_tokens_equal_torchs_cross_entropy(objective: Callable[..., LossTerms], 
     assert not terms.parts
     own, theirs = torch.autograd.grad(terms.sum / terms.count, logits), torch.autograd.grad(mean, logits)
     torch.testing.assert_close(own, theirs)
+
+
+def test_the_loss_and_its_gradient_are_as_exact_as_torchs() -> None:
+    """Against fp64, with logits as large as a trained model's, all of them shifted far from 0."""
+    random = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(64, 4096, generator=random) + 30
+    labels = torch.randint(0, 4096, (64,), generator=random)
+
+    def errors(loss: Callable[[torch.Tensor], torch.Tensor]) -> tuple[float, float]:
+        exact, rounded = logits.double().requires_grad_(), logits.clone().requires_grad_()
+        (wanted,), (found,) = (torch.autograd.grad(loss(x), x) for x in (exact, rounded))
+        return float((loss(rounded) - loss(exact)).detach().abs()), float((found - wanted).norm() / wanted.norm())
+
+    own = errors(lambda x: causal_lm(x, batch_of(labels=labels)).sum)
+    torchs = errors(lambda x: F.cross_entropy(x, labels, reduction="sum"))
+    assert own[0] < 64 * 2e-6 and own[1] < max(1.2 * torchs[1], 2e-7)
+
+
+def test_a_step_keeps_one_buffer_of_the_size_of_the_logits_where_torch_keeps_three() -> None:
+    """Bytes of large tensors alive at once, from the logits to their gradient."""
+    logits = torch.randn(512, 2048, requires_grad=True)
+    labels = torch.randint(0, 2048, (512,))
+    own = _most_alive(lambda: causal_lm(logits, batch_of(labels=labels)).sum.backward(), least=logits.nbytes)
+    logits.grad = None
+    torchs = _most_alive(lambda: F.cross_entropy(logits, labels, reduction="sum").backward(), least=logits.nbytes)
+    assert own == logits.nbytes and torchs == 3 * logits.nbytes
+
+
+def _most_alive(work: Callable[[], None], *, least: int) -> int:
+    """The most bytes at once of the tensors of at least `least` bytes that operators make meanwhile."""
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive: dict[int, int] = {}
+            self.most = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            for one in made if isinstance(made, tuple | list) else (made,):
+                storage = one.untyped_storage() if isinstance(one, torch.Tensor) else None
+                if storage is not None and storage.nbytes() >= least and storage.data_ptr() not in given:
+                    self.alive[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage.data_ptr(), None)
+            self.most = max(self.most, sum(self.alive.values()))
+            return made
+
+    with Watch() as watch:
+        work()
+    return watch.most
 
 
 @pytest.mark.parametrize("objective", [causal_lm, masked_lm])

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from distllm.data.batch import IGNORE, Batch
 from distllm.engine.base import LossTerms
-from distllm.parallel.loss import CutLogits, at_least_fp32, is_cut_logits
+from distllm.parallel.loss import CutLogits, is_cut_logits
+from distllm.train.objectives.cross_entropy import summed_cross_entropy
 
 
 def causal_lm(outputs: Any, batch: Batch, *, label_smoothing: float = 0.0) -> LossTerms:
@@ -85,8 +85,6 @@ def token_terms(
         likely = None if torch.is_grad_enabled() else cut.argmax(places=places)
     else:
         rows = logits.flatten(0, -2) if places is None else logits.flatten(0, -2)[places]
-        loss = F.cross_entropy(
-            at_least_fp32(rows), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
-        )
+        loss = summed_cross_entropy(rows, labels, ignore=IGNORE, label_smoothing=smoothing)
         likely = None if torch.is_grad_enabled() else rows.argmax(-1)
     return LossTerms(loss, count, {} if likely is None else {"correct": (likely == labels).sum()})
