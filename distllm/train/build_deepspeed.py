@@ -53,8 +53,14 @@ def build_deepspeed(
         spec: the model that trains.
         task: what it learns.
         tensors: a call gives the first weights by name, whole.
+
+    Raises:
+        ConfigError: a part of the model is fixed, such as tables of sines.
     """
     model, json = meta_model(spec), deepspeed_json(config, ranks=world.size)
+    if fixed := [name for name, parameter in model.named_parameters() if not parameter.requires_grad]:
+        rule = f"trains all weights, and {fixed[0]} of {spec.name} is fixed"
+        raise ConfigError([f"engine.name=deepspeed: {rule}; nearest: engine.name=native"])
     # By names of the whole model, before a pipeline cuts it.
     scales = learning_rate_scales(model, spec, config.tune)
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
