@@ -91,7 +91,7 @@ def run_counted(world: World, config: Config) -> int:
 def test_blocks_are_recomputed_where_asked(
     stage: int, place: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def released(config: Config, *, ranks: int) -> dict[str, Any]:
+    def released(config: Config, *, ranks: int, buffers: None) -> dict[str, Any]:
         json = deepspeed_json(config, ranks=ranks)
         json["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or it keeps all of so small a model gathered
         return json
