@@ -40,6 +40,7 @@ from distllm.options import (
 )
 
 if TYPE_CHECKING:
+    from distllm.config.deepspeed_json import FileBuffers
     from distllm.config.load import Loaded
 
 _EPILOG = (
@@ -429,7 +430,13 @@ def explain(
     loaded = load(config, [word for word in words or [] if "=" in word])
     ranks = processes or world_size() or ranks_for(loaded.config, devices=0)
     if deepspeed:
-        print(explaining.deepspeed(loaded.config, ranks=ranks))
+
+        def buffers() -> FileBuffers:
+            from distllm.verify.file_buffers import predicted_buffers  # it takes the model, and so torch
+
+            return predicted_buffers(loaded.config, ranks=ranks)
+
+        print(explaining.deepspeed(loaded.config, ranks=ranks, buffers=buffers))
         return EXIT_OK
     explaining.show(loaded, [word for word in words or [] if "=" not in word], ranks=ranks, terminal=sys.stdout.isatty())
     problems = check(loaded.config, world_size=ranks)

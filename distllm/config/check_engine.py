@@ -55,20 +55,18 @@ def _sharding(engine: EngineConfig) -> Iterator[str]:
 
 
 def _nvme(engine: EngineConfig) -> Iterator[str]:
-    """What offloading to files needs. Stages 1 and 2 of DeepSpeed take nvme for cpu without saying so."""
-    if engine.offload_parameters == "nvme":
-        yield "engine.offload_parameters=nvme: weights are not brought from a checkpoint into DeepSpeed's files; nearest: cpu"
-    if engine.offload_optimizer != "nvme":
-        if engine.nvme_path is not None:
-            yield f"engine.nvme_path={engine.nvme_path}: is for nvme; nearest: null, or engine.offload_optimizer=nvme"
-        return
-    if engine.zero_stage != 3:
+    """What offloading to files needs. Stages 1 and 2 of DeepSpeed take nvme of the optimizer for cpu without saying so."""
+    asking = [key for key in ("offload_optimizer", "offload_parameters") if getattr(engine, key) == "nvme"]
+    if engine.nvme_path is not None and not asking:
+        near = "engine.offload_optimizer=nvme, or engine.offload_parameters=nvme"
+        yield f"engine.nvme_path={engine.nvme_path}: is for nvme; nearest: null, {near}"
+    if engine.offload_optimizer == "nvme" and engine.zero_stage != 3:
         yield (
             f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, and it is {engine.zero_stage}, where DeepSpeed takes "
             "nvme for cpu; nearest: cpu, or engine.zero_stage=3"
         )
-    if engine.nvme_path is None:
-        yield "engine.offload_optimizer=nvme: needs engine.nvme_path, a folder; nearest: cpu"
+    for key in asking if engine.nvme_path is None else ():
+        yield f"engine.{key}=nvme: needs engine.nvme_path, a folder; nearest: cpu"
 
 
 def _axes(config: Config) -> Iterator[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from distllm.config.check import Resolved, check, resolve_layout
-from distllm.config.deepspeed_json import deepspeed_json
+from distllm.config.deepspeed_json import FileBuffers, deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.kinds import describe, field_of, kind_at, shown
 from distllm.config.load import Loaded, leaves
@@ -102,15 +103,21 @@ def json_schema() -> str:
     return json.dumps(head | {k: v for k, v in schema.items() if k != "title"}, indent=2, ensure_ascii=False) + "\n"
 
 
-def deepspeed(config: Config, *, ranks: int) -> str:
+def deepspeed(config: Config, *, ranks: int, buffers: Callable[[], FileBuffers]) -> str:
     """The JSON that DeepSpeed is given.
+
+    Args:
+        config: with engine.name=deepspeed.
+        ranks: processes of the run.
+        buffers: called with parameters in files: what the model needs for them.
 
     Raises:
         ConfigError: the config has a problem, or its engine is another one.
     """
     if problems := check(config, world_size=ranks):
         raise ConfigError(problems)
-    return json.dumps(deepspeed_json(config, ranks=ranks), indent=2)
+    needed = buffers() if config.engine.offload_parameters == "nvme" else None
+    return json.dumps(deepspeed_json(config, ranks=ranks, buffers=needed), indent=2)
 
 
 def _derived(config: Config, ranks: int) -> dict[str, int]:

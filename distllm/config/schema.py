@@ -172,9 +172,9 @@ class EngineConfig(Section):
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """With deepspeed: where optimizer state and fp32 weights lie, besides the GPU, whose update the CPU then computes. nvme, with zero_stage 3: in files under `nvme_path`."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """With deepspeed and zero_stage 3: where the shards of the parameters lie."""
+    """With deepspeed and zero_stage 3: where the shards of the parameters lie. nvme: in files under `nvme_path`, what has a megabyte; each is read when a module needs it."""
     nvme_path: str | None = None
-    """With nvme: a folder on a fast local disk of each node. A run writes its state under its own name there, and leaves the files."""
+    """With nvme: a folder on a fast local disk of each node. A run writes under its own name there, and leaves the files."""
 
 
 class MoeConfig(Section):

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ from torch import nn
 
 from distllm.comm import World
 from distllm.config.errors import ConfigError, StorageError
+from distllm.engine.locked_memory import refuse_low_limit
 from distllm.parallel.mesh import Mesh
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What DeepSpeed's configuration calls the dtypes that it computes with besides fp32."""
 
 
 class ModelParallelUnit:
@@ -108,9 +112,11 @@ def initialize(
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
     if json["fp16"]["enabled"] and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError([f"precision.compute=fp16: DeepSpeed has no fp16 on this {world.device.type}; nearest: bf16"])
-    if json["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
-        require_libaio()
-        require_folder(Path(json["zero_optimization"]["offload_optimizer"]["nvme_path"]))
+    in_files = files_of(json)
+    for key, folder in in_files.items():
+        require_libaio(key)
+        require_folder(folder, key)
+        refuse_low_limit(least_locked(json, model, key=key, ranks=mesh.dp_size), key=key)
     if mesh.sizes["tp"] > 1 and json["zero_optimization"]["stage"] == 3:
         # A block puts sums over tp ranks in the place of its whole parameters before its layers are called to gather them.
         for block in blocks:
@@ -121,6 +127,8 @@ def initialize(
         whole = _as_pipeline(model, mesh)
     elif mesh.sizes["tp"] > 1:
         unit = ModelParallelUnit(mesh)
+    if "engine.offload_parameters" in in_files:
+        put_in_files(model, json=json, unit=unit)
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=dict(json), mpu=unit)
     for module, name, buffer in buffers:  # bf16 rounds them too, and rotary frequencies do not bear it
         module._buffers[name] = buffer.to(world.device)
@@ -144,8 +152,117 @@ def _as_pipeline(stage: nn.Module, mesh: Mesh) -> nn.Module:
     return module
 
 
-def require_libaio() -> None:
+def files_of(json: Mapping[str, Any]) -> dict[str, Path]:
+    """The folders of DeepSpeed's files, by the key of ours that asks for them."""
+    keys = {"engine.offload_optimizer": "offload_optimizer", "engine.offload_parameters": "offload_param"}
+    told = {key: json["zero_optimization"].get(theirs, {}) for key, theirs in keys.items()}
+    return {key: Path(given["nvme_path"]) for key, given in told.items() if given.get("device") == "nvme"}
+
+
+def least_locked(json: Mapping[str, Any], model: nn.Module, *, key: str, ranks: int) -> int:
+    """The bytes that the buffers of files take at least.
+
+    Args:
+        json: DeepSpeed's configuration.
+        model: what this rank trains, uncut but by tp.
+        key: what asks for files.
+        ranks: over which ZeRO cuts each parameter.
+    """
+    if key == "engine.offload_optimizer":  # DeepSpeed's 4 buffers of fp32, of a group, which has a parameter at least
+        return 4 * 4 * max(parameter.numel() for parameter in model.parameters()) // ranks
+    buffers = json["zero_optimization"]["offload_param"]
+    return int(buffers["buffer_count"] * buffers["buffer_size"] * dtype_of(json).itemsize)
+
+
+def dtype_of(json: Mapping[str, Any]) -> torch.dtype:
+    """What the weights that the model computes with are in."""
+    return next((dtype for name, dtype in LOW.items() if json[name]["enabled"]), torch.float32)
+
+
+def put_in_files(model: nn.Module, *, json: Mapping[str, Any], unit: ModelParallelUnit | None) -> None:
+    """Cut the parameters over the ranks and write the parts to files, as DeepSpeed would itself, but for three faults of 0.19.
+
+    On a CPU without fp16 it takes bf16 for the dtype of the files (`_set_dtype` in partition_parameters.py), of fp32 weights,
+    too, which then fit no product. It reserves the memory that an update writes from for whole parameters, not for this
+    rank's parts. And on a CPU a rank that has nobody to gather from computes in the buffer that was read into, which the
+    next parameter fills, while views of it wait for the backward pass.
+
+    Args:
+        model: what this rank trains, with its first weights in fp32.
+        json: DeepSpeed's configuration.
+        unit: our mesh, with tp ranks.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+    from deepspeed.runtime.zero import Init
+
+    dtype = dtype_of(json)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(dict(json), unit), dtype)
+    ranks = dist.get_world_size(None if unit is None else unit.get_data_parallel_group())
+    reserve = swapper.reserve_partitioned_swap_space
+    swapper.reserve_partitioned_swap_space = lambda whole: reserve(parts_to_reserve(whole, ranks=ranks))
+    swap_in = swapper.swap_in
+
+    def read_if_there_is_room(parameters: Sequence[Any], async_op: bool = True, swap_in_buffers: Any = None) -> None:
+        refuse_without_room(parameters, swapper.available_swap_in_buffers())
+        swap_in(parameters, async_op, swap_in_buffers)
+
+    swapper.swap_in = read_if_there_is_room
+    if ranks == 1 and next(model.parameters()).device.type == "cpu":
+        read = swapper.synchronize_reads
+        swapper.synchronize_reads = lambda: copy_what_was_read(swapper.inflight_params, read)
+    Init(
+        module=model, data_parallel_group=None if unit is None else unit.get_data_parallel_group(), mpu=unit,
+        config_dict_or_path=dict(json), dtype=dtype, remote_device="nvme", param_swapper=swapper,
+    )  # fmt: skip
+
+
+def refuse_without_room(parameters: Sequence[Any], free: int) -> None:
+    """Refuse a model that has more parameters gathered at a time than its modules tell (deepspeed_buffers.py).
+
+    Such as one whose layers are given their inputs by keyword: DeepSpeed does not see then when a backward pass is through.
+
+    Args:
+        parameters: what is to be read.
+        free: buffers.
+
+    Raises:
+        ConfigError: they are too few.
+    """
+    if len(parameters) > free:
+        raise ConfigError(
+            [
+                f"engine.offload_parameters=nvme: this model has more parameters gathered at a time than DeepSpeed has buffers "
+                f"for ({len(parameters)} to read, {free} free); nearest: cpu"
+            ]
+        )
+
+
+def copy_what_was_read(parameters: Sequence[Any], read: Callable[[], None]) -> None:
+    """Wait for parameters to be read, and put copies in the place of DeepSpeed's buffers."""
+    waiting = list(parameters)
+    read()
+    for parameter in waiting:
+        parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+
+
+def parts_to_reserve(whole: Sequence[int], *, ranks: int) -> list[int]:
+    """What an update writes at once of any group, where the largest is of parameters of `whole` numbers.
+
+    The parts are padded to a kibibyte. Another group may have more of them, though fewer numbers in all; each in files is
+    of a mebibyte at least, so a thousandth more is enough.
+    """
+    parts = [-(-numbers // ranks) for numbers in whole]
+    return [*parts, sum(parts) // 1024 + 1]
+
+
+def require_libaio(key: str) -> None:
     """Refuse files where their reading and writing cannot be compiled, which takes DeepSpeed minutes, once a machine.
+
+    Args:
+        key: what asks for files.
 
     Raises:
         ConfigError: libaio is not installed.
@@ -153,14 +270,18 @@ def require_libaio() -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
-        raise ConfigError(["engine.offload_optimizer=nvme: needs libaio, on Debian apt install libaio-dev; nearest: cpu"])
+        raise ConfigError([f"{key}=nvme: needs libaio, on Debian apt install libaio-dev; nearest: cpu"])
     tools = str(Path(sys.executable).parent)  # ninja lies beside python, and the environment may not be activated
     if tools not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
 
 
-def require_folder(folder: Path) -> None:
+def require_folder(folder: Path, key: str) -> None:
     """Make the folder of DeepSpeed's files, or refuse what cannot be one.
+
+    Args:
+        folder: of this run.
+        key: what asks for files.
 
     Raises:
         StorageError: it cannot be made or written.
@@ -171,7 +292,7 @@ def require_folder(folder: Path) -> None:
             pass
     except OSError as error:
         told = f"engine.nvme_path={folder.parent}: no folder that can be written ({error.strerror})"
-        raise StorageError(f"{told}; nearest: a folder on a local disk, or engine.offload_optimizer=cpu") from error
+        raise StorageError(f"{told}; nearest: a folder on a local disk, or {key}=cpu") from error
 
 
 def refuse_unseen_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -254,7 +254,10 @@ def _tell_loaded(report: LoadReport | None, log: logging.Logger) -> None:
 
 
 def refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: int) -> None:
-    """Refuse a model too large for the memory: weights, and gradients and optimizer state of those that learn, alone."""
+    """Refuse a model too large for the memory: weights, and gradients and optimizer state of those that learn, alone.
+
+    Where DeepSpeed has them elsewhere, it is the weights alone, which each rank has uncut, but by tp and pp, at the start.
+    """
     model = meta_model(spec)
     apply_tune(model, spec, config.tune)
     parameters = sum(p.numel() for p in model.parameters())
@@ -262,13 +265,17 @@ def refuse_too_large(config: Config, spec: ModelSpec, world: World, *, shards: i
     buffers = {"adamw": 2, "adam": 2, "rmsprop": 2, "sgd": 1, "lion": 1}[config.optim.name]
     ranks = 1 if world.device.type == "cuda" else world.local_size  # ranks on a CPU share its memory
     need = 4 * (parameters + learning * (1 + buffers + (config.train.ema > 0))) / shards * ranks
+    what, axis = f"fp32 weights, gradients and {config.optim.name} state", "dp_shard"
+    if config.engine.offload_optimizer == "nvme" or (config.engine.offload_optimizer == "cpu" and world.device.type == "cuda"):
+        need = 4 * parameters / (config.layout.tp * config.layout.pp) * ranks
+        what, axis = "fp32 weights at the start", "tp"
     have = memory_of(world.device)
     if need > have:
         raise ConfigError(
             [
-                f"model: {parameters:,} parameters need at least {need / 2**30:,.1f} GiB for fp32 weights, gradients and "
-                f"{config.optim.name} state, and {world.device.type} has {have / 2**30:,.1f} GiB; "
-                f"give smaller model.sizes, or more ranks in layout.dp_shard"
+                f"model: {parameters:,} parameters need at least {need / 2**30:,.1f} GiB for {what}, "
+                f"and {world.device.type} has {have / 2**30:,.1f} GiB; "
+                f"give smaller model.sizes, or more ranks in layout.{axis}"
             ]
         )
 

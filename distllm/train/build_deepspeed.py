@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 
+from torch import nn
+
 from distllm.comm import World
+from distllm.config.check import resolve_layout
 from distllm.config.check_task import loss_unit
-from distllm.config.deepspeed_json import deepspeed_json
+from distllm.config.deepspeed_json import FileBuffers, deepspeed_json
 from distllm.config.errors import ConfigError
 from distllm.config.schema import Config
 from distllm.engine.deepspeed import DeepSpeedEngine, Tensors
+from distllm.engine.deepspeed_buffers import file_buffers
 from distllm.engine.deepspeed_passes import WholeModel
 from distllm.engine.deepspeed_pipeline import PipelinePasses
 from distllm.engine.native import DTYPES
@@ -53,21 +58,51 @@ def build_deepspeed(
         spec: the model that trains.
         task: what it learns.
         tensors: a call gives the first weights by name, whole.
+
+    Raises:
+        ConfigError: a part of the model is fixed, such as tables of sines.
     """
-    model, json = meta_model(spec), deepspeed_json(config, ranks=world.size)
+    model = meta_model(spec)
+    if fixed := [name for name, parameter in model.named_parameters() if not parameter.requires_grad]:
+        rule = f"trains all weights, and {fixed[0]} of {spec.name} is fixed"
+        raise ConfigError([f"engine.name=deepspeed: {rule}; nearest: engine.name=native"])
     # By names of the whole model, before a pipeline cuts it.
     scales = learning_rate_scales(model, spec, config.tune)
     optimizer = make_optimizer(config.optim, model=model, device=world.device, scales=scales)
     blocks = find_blocks(model, spec=spec)
     layout = Layout(
         DTYPES[config.precision.compute], activation=config.activation, axes=config.layout,
-        microbatches=json["gradient_accumulation_steps"], seq_len=config.data.seq_len, rounded_weights=True,
+        microbatches=resolve_layout(config, world.size).accumulation, seq_len=config.data.seq_len, rounded_weights=True,
     )  # fmt: skip
     parallel = parallelize(model, mesh.unsharded(), spec=spec, tensors=tensors(), device=world.device, layout=layout)
+    cuts = make_plain(parallel.model, packed=parallel.packings)
+    buffers = None
+    if config.engine.offload_parameters == "nvme":
+        numbers = {name: parameter.numel() for name, parameter in parallel.model.named_parameters()}
+        buffers = buffers_of(config, parallel.model, numbers=numbers, ranks=mesh.dp_size, blocks=blocks)
     return DeepSpeedEngine(
-        parallel.model, json=json, tensors=tensors, objective=task.objective, optimizer=optimizer,
+        parallel.model, json=deepspeed_json(config, ranks=world.size, buffers=buffers), tensors=tensors,
+        objective=task.objective, optimizer=optimizer,
         schedule=make_schedule(config.schedule, peak=config.optim.lr, steps=config.train.steps), precision=config.precision,
         world=world, mesh=mesh, loss_unit=loss_unit(config),
-        cuts=make_plain(parallel.model, packed=parallel.packings), blocks=blocks, copies=parallel.copies,
+        cuts=cuts, blocks=blocks, copies=parallel.copies,
         passes=WholeModel if parallel.pipeline is None else partial(PipelinePasses, parallel=parallel),
+    )  # fmt: skip
+
+
+def buffers_of(
+    config: Config, model: nn.Module, *, numbers: Mapping[str, int], ranks: int, blocks: Sequence[nn.Module]
+) -> FileBuffers:
+    """What parameters in files need of memory under this config.
+
+    Args:
+        config: what is computed in, recomputed and cut by tp.
+        model: on any device.
+        numbers: of each parameter by name, as far as tp leaves them to a rank.
+        ranks: over which ZeRO cuts each.
+        blocks: the model's.
+    """
+    return file_buffers(
+        model, numbers=numbers, ranks=ranks, number_bytes=DTYPES[config.precision.compute].itemsize,
+        recomputed=config.activation.mode != "none", whole=blocks if config.layout.tp > 1 else (),
     )  # fmt: skip

@@ -30,12 +30,13 @@ class EngineChoice:
     def config(self, own: EngineConfig) -> EngineConfig:
         """The config's `engine` section, with what the user's own says of offloading where this engine has it.
 
-        What would lie in files stays in memory: it is computed alike, and what moves it takes minutes to compile.
+        What would lie in files stays in memory: it is computed alike, what moves it takes minutes to compile, and of a small
+        model DeepSpeed itself would keep most there, all that is under a megabyte.
         """
         if self.zero_stage is None:
             return EngineConfig()
         optimizer = "cpu" if own.offload_optimizer == "nvme" else own.offload_optimizer
-        parameters = own.offload_parameters if self.zero_stage == 3 else "none"
+        parameters = "none" if self.zero_stage != 3 else "cpu" if own.offload_parameters == "nvme" else own.offload_parameters
         return EngineConfig(
             name="deepspeed", zero_stage=self.zero_stage, offload_optimizer=optimizer, offload_parameters=parameters
         )

@@ -21,6 +21,7 @@ from distllm.train.loop import train
 from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
+from tests.train.tasks import task_config
 from tests.with_deepspeed import INSTALLED
 
 STEPS = 6
@@ -90,7 +91,7 @@ def run_counted(world: World, config: Config) -> int:
 def test_blocks_are_recomputed_where_asked(
     stage: int, place: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def released(config: Config, *, ranks: int) -> dict[str, Any]:
+    def released(config: Config, *, ranks: int, buffers: None) -> dict[str, Any]:
         json = deepspeed_json(config, ranks=ranks)
         json["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or it keeps all of so small a model gathered
         return json
@@ -116,6 +117,14 @@ def test_without_deepspeed_it_says_what_to_do(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"engine.name=deepspeed: needs deepspeed; pip install 'distllm\[deepspeed\]', or"):
         build(config, World(0, 1, 0, 1, torch.device("cpu")))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_with_a_fixed_part_is_refused(tmp_path: Path) -> None:
+    """Marian's places are sines, which never learn."""
+    config = task_config("marian", tmp_path, engine={"name": "deepspeed"})
+    told = r"engine.name=deepspeed: trains all weights, and .*embed_positions.weight of marian is fixed; nearest: engine"
+    with pytest.raises(ConfigError, match=told):
+        build(config, World(0, 1, 0, 1, torch.device("cpu")))
 
 
 def test_what_deepspeed_does_not_do_as_told_is_an_error() -> None:

@@ -29,7 +29,7 @@ def run_in_small_groups(world: World, config: Config) -> int:
     """Of the state of a rank, 600 thousand numbers, some groups are in files and some are too small."""
     use_python()
 
-    def small(config: Config, *, ranks: int) -> object:
+    def small(config: Config, *, ranks: int, buffers: None) -> object:
         json = deepspeed_json(config, ranks=ranks)
         json["zero_optimization"]["sub_group_size"] = 270_000
         return json
@@ -56,13 +56,13 @@ def test_without_libaio_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match=r"engine.offload_optimizer=nvme: needs libaio, .*; nearest: cpu"):
-        require_libaio()
+        require_libaio("engine.offload_optimizer")
 
 
 def test_a_path_that_is_no_folder_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told = r"engine.nvme_path=.*file: no folder that can be written \(Not a directory\); nearest: a folder on a local disk, or "
-    with pytest.raises(StorageError, match=told):
-        require_folder(tmp_path / "file" / "run")
-    require_folder(tmp_path / "new" / "run")
+    with pytest.raises(StorageError, match=told + "engine.offload_parameters=cpu"):
+        require_folder(tmp_path / "file" / "run", "engine.offload_parameters")
+    require_folder(tmp_path / "new" / "run", "engine.offload_parameters")
     assert list((tmp_path / "new" / "run").iterdir()) == []

@@ -19,7 +19,7 @@ import torch
 
 from distllm.comm import World
 from distllm.config.errors import EXIT_OK, EXIT_STOPPED, ConfigError, DataError, DivergedError, StorageError
-from distllm.config.schema import Config, TuneConfig
+from distllm.config.schema import Config, EngineConfig, TuneConfig
 from distllm.data.tokenizer import Roles, folder_digest
 from distllm.engine.base import LossTerms
 from distllm.models.build import meta_model, resolve_spec
@@ -389,6 +389,23 @@ def test_memory_is_counted_for_what_learns(tmp_path: Path, monkeypatch: pytest.M
     building.refuse_too_large(config, spec, ONE, shards=2)
     head = config.model_copy(update={"tune": TuneConfig(train="head")})
     building.refuse_too_large(head, spec, ONE, shards=1)
+
+
+def test_what_lies_in_files_takes_no_memory_but_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path, prepared=False)
+    spec = resolve_spec(config, vocab_size=257, labels={}, roles=Roles(eos=256, pad=None, begin=None, separator=None, mask=None))
+    weights = 4 * sum(p.numel() for p in meta_model(spec).parameters())
+    monkeypatch.setattr(building, "memory_of", lambda device: weights)
+    kept = EngineConfig(name="deepspeed", zero_stage=3, offload_optimizer="cpu", offload_parameters="nvme", nvme_path="/disk")
+    files = kept.model_copy(update={"offload_optimizer": "nvme"})
+    with pytest.raises(ConfigError, match="GiB for fp32 weights, gradients and adamw state, and cpu has"):
+        building.refuse_too_large(config.model_copy(update={"engine": kept}), spec, ONE, shards=1)
+    building.refuse_too_large(config.model_copy(update={"engine": files}), spec, ONE, shards=1)
+    gpu = replace(ONE, device=torch.device("cuda"))  # the memory of the CPU has the state then
+    building.refuse_too_large(config.model_copy(update={"engine": kept}), spec, gpu, shards=1)
+    monkeypatch.setattr(building, "memory_of", lambda device: weights - 1)
+    with pytest.raises(ConfigError, match=r"GiB for fp32 weights at the start, and cpu has .*, or more ranks in layout.tp"):
+        building.refuse_too_large(config.model_copy(update={"engine": files}), spec, ONE, shards=8)
 
 
 def test_what_an_evaluation_decides_all_ranks_decide_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ def test_deepspeed_stands_for_its_three_stages() -> None:
     assert engines[3].config(own) == own
     files = EngineConfig(name="deepspeed", zero_stage=3, offload_optimizer="nvme", nvme_path="/local")
     assert engines[3].config(files) == EngineConfig(name="deepspeed", zero_stage=3, offload_optimizer="cpu")
+    parameters = files.model_copy(update={"offload_parameters": "nvme"})
+    assert [engines[stage].config(parameters).offload_parameters for stage in (1, 2, 3)] == ["none", "none", "cpu"]
+    assert engines[3].config(parameters).nvme_path is None
     assert [engine.precision("fp64") for engine in engines] == ["fp64", "fp32", "fp32", "fp32"]
 
 
