@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DataError, DistllmError
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DistllmError
 from distllm.faults import describe, say, tell
 from distllm.launch.devices import has_driver
 from distllm.launch_options import launch as launch_command
@@ -35,6 +35,7 @@ from distllm.options import (
     Which,
     Words,
     device_name,
+    must_be_file,
     must_exist,
     real_device,
 )
@@ -244,9 +245,9 @@ def evaluate(
     """Measure a model: a run on its own validation data, or any on a file: loss and what fits its task."""
     for name in (source, *(ensemble or [])):
         must_exist(name)
-    for file in text or []:
-        if not file.is_file():
-            raise DataError(f"{file}: no such text file")
+    for option, files in (("--text", text or []), ("--data", [data] if data else []), ("--target", [target] if target else [])):
+        for file in files:
+            must_be_file(file, option=option)
     show_log()
     from distllm.train import tell
     from distllm.train.ensemble import open_ensemble
@@ -312,8 +313,7 @@ def predict(
     """Answer every row of a file: its class, its number, its translation, its continuation, or its masks filled."""
     for name in (source, *(ensemble or [])):
         must_exist(name)
-    if not input.is_file():
-        raise DataError(f"--input={input}: no such file")
+    must_be_file(input, option="--input")
     show_log()
     from distllm.generate import Sampling
     from distllm.train.ensemble import open_ensemble

@@ -42,8 +42,8 @@ from distllm.data.prepare_examples import (
     open_examples,
     training_texts,
 )
-from distllm.data.source import Shard, Source, open_source
-from distllm.data.store import TokenStore, bin_path, dtype_for, idx_path, largest_id, write_index
+from distllm.data.source import Shard, Source, check_files, open_source
+from distllm.data.store import TokenStore, bin_path, dtype_for, idx_path, largest_id, prefix_of, write_index
 from distllm.data.survey import Labels, survey
 from distllm.data.tokenise import Task, ids_path, lengths_path, tokenise_all
 from distllm.data.tokenizer import folder_digest, make_tokenizer, spec_digest
@@ -136,6 +136,7 @@ def _plan(config: Config) -> _Plan:
     named += [(f"validation-{i:03d}", s) for i, s in enumerate(data.validation.sources)]
     if not data.sources:
         raise DataError("data.sources: is empty; give at least one source")
+    check_files(config)
     roles = config.task.kind != "causal_lm"
     tokenizer = spec_digest(data.tokenizer, roles=roles)
     facts: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer}
@@ -178,16 +179,12 @@ def _prefix(source: SourceConfig) -> Path:
     """The path of a token store without `.bin`."""
     if not source.path:
         raise DataError("data.sources: kind=tokens needs the path of a .bin/.idx pair, without .bin, in `path`")
-    return Path(source.path.removesuffix(".bin").removesuffix(".idx"))
+    return prefix_of(source.path)
 
 
 def _pair(source: SourceConfig) -> list[Any]:
     """What names a token store that somebody else made: its path, sizes and times, as it may be terabytes."""
     prefix = _prefix(source)
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if not path.is_file():
-            hint = f"; {source.hint}" if source.hint else ""
-            raise DataError(f"{path}: no such file; a token store is a pair {prefix.name}.bin and {prefix.name}.idx{hint}")
     stats = [path.stat() for path in (bin_path(prefix), idx_path(prefix))]
     return [str(prefix.absolute()), [(s.st_size, s.st_mtime_ns) for s in stats]]
 

@@ -347,7 +347,8 @@ def test_a_damaged_megatron_corpus(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"corpus\.idx: .* truncated"):
         prepare(config_for(tmp_path / "store", sources=[source]))
     idx_path(tmp_path / "corpus").unlink()
-    with pytest.raises(DataError, match=r"corpus\.idx: no such file.*; ask us"):
+    named = r"^data\.sources\.0\.path=.*corpus: there is no corpus\.idx; .*; nearest: .*corpus\.bin; ask us$"
+    with pytest.raises(DataError, match=named):
         prepare(config_for(tmp_path / "store", sources=[{**source, "hint": "ask us"}]))
 
 

@@ -69,7 +69,7 @@ def test_a_dead_model_trips_the_guards(tmp_path: Path, capsys: pytest.CaptureFix
         ("--ranks 2,x", "--ranks=2,x: must be numbers from 1 to 4,096 with commas; nearest: 1,2,4,8"),
         ("--precision fp8", "--precision=fp8: must be of fp64, fp32, bf16, with commas; nearest: fp64"),
         ("--device tpu", "--device=tpu: must be cpu or cuda; nearest: cpu"),
-        ("data.sources.0.path=nowhere.txt data.sources.0.hint=null --layouts dp_shard=2", "nowhere.txt: "),
+        ("data.sources.0.path=nowhere.txt data.sources.0.hint=null --layouts dp_shard=2", "data.sources.0.path=nowhere.txt: "),
         ("model.sizes.hidden=8 --layouts dp_shard=2", "model.sizes.hidden: llama has no such size; the nearest is "),
     ],
 )
