@@ -150,6 +150,29 @@ def test_all_problems_are_told_each_in_a_line(capsys: pytest.CaptureFixture[str]
     assert [line.partition("=")[0] for line in capsys.readouterr().err.splitlines()] == ["distllm: lr", "distllm: seed", "distllm: train.steps"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that makes no folders")
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("train out=/proc/nope", "out=/proc/nope: no folder can be made there; nearest: runs"),
+        ("launch out=/proc/nope", "out=/proc/nope: no folder can be made there; nearest: runs"),
+        ("launch out=/proc/nope layout.dp_shard=2", "out=/proc/nope: no folder can be made there; nearest: runs"),
+        ("prepare data.store=/proc/nope", "data.store=/proc/nope: no folder can be made there; nearest: data_store"),
+        ("verify --out /proc/nope/a", "--out=/proc/nope/a: no folder can be made there; nearest: runs/verify"),
+        ("bench --out /proc/nope/a", "--out=/proc/nope/a: no folder can be made there; nearest: runs/bench"),
+    ],
+)
+def test_a_folder_that_the_file_system_cannot_make_is_the_users(
+    argv: str, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("t.txt").write_text("some text\n" * 50)
+    small = ["model.sizes={hidden_size: 8, num_hidden_layers: 1, intermediate_size: 8, num_attention_heads: 1}", "data.seq_len=8",
+             "data.sources=[{kind: text, path: t.txt}]", "data.tokenizer.kind=bytes", "data.workers=1"]  # fmt: skip
+    command, *words = argv.split()
+    assert cli.run([command, "run.yaml", *small, *words]) == errors.EXIT_CONFIG
+    assert [told for told in capfd.readouterr().err.splitlines() if told.startswith("distllm: ")] == [f"distllm: {line}"]
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "line"),
     [

@@ -1,10 +1,12 @@
-"""What to say of a file or folder that is not there: the key, its value, and the nearest one that is."""
+"""What to say of a file that is not there, or a folder that cannot be made: the key, its value, and the nearest that works."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+
+from distllm.config.errors import ConfigError
 
 
 def missing(
@@ -54,6 +56,25 @@ def nearest_place(path: str | Path, *, wanted: Callable[[Path], bool] = Path.is_
     else:
         return str(here)
     return f"the folder {Path.cwd() if here == Path() else here}"  # on the working folder a relative path depends
+
+
+def make_folder(folder: Path, *, key: str, value: str, near: str) -> None:
+    """Make a folder of the user's choice, and those above it, unless they are there.
+
+    Args:
+        folder: what is made.
+        key: the config's key, or the command line's option, that decides where.
+        value: its value.
+        near: one that works.
+
+    Raises:
+        ConfigError: the file system has no folders of that kind, as /proc has none.
+        OSError: the disk is full, read-only, or another's.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise ConfigError([f"{key}={_on_one_line(value)}: no folder can be made there; nearest: {near}"]) from None
 
 
 def _names(folder: Path, *, wanted: Callable[[Path], bool]) -> list[str]:

@@ -26,6 +26,7 @@ import numpy as np
 
 from distllm.config.errors import DataError
 from distllm.config.machine import flush
+from distllm.config.places import make_folder
 from distllm.config.schema import Config, SourceConfig, TokenizerConfig
 from distllm.data.bar import Bar
 from distllm.data.clean import cleans
@@ -107,7 +108,7 @@ def prepare(config: Config, *, progress: bool = False, translate: Translate | No
     if not meta.is_file():
         if _older(plan) is not None:
             log.info("the text of an earlier store has changed: preparing it again as %s", plan.folder)
-        plan.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(plan.folder.parent, key="data.store", value=config.data.store, near="data_store")
         with _lock(plan.folder.with_name(f".lock-{plan.digest}")):
             if not meta.is_file():
                 _make(plan, config, staging, progress=progress, translate=translate)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distllm.config.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, EXIT_STOPPED, DistllmError
+from distllm.config.places import make_folder
 from distllm.launch.commands import Place, command, hostfile
 from distllm.launch.family import Request
 from distllm.launch.job import Job
@@ -78,7 +79,7 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
             nothing has been started then.
     """
     shared = Path(job.launch_folder) / "ssh"
-    shared.mkdir(parents=True, exist_ok=True)
+    make_folder(shared, key="out", value=job.out, near="runs")
     clear_reports(shared)
     request = Request()
     with request.caught():

@@ -12,6 +12,7 @@ from typing import Any
 
 from distllm.config.check_pipeline import virtual_stages
 from distllm.config.errors import EXIT_OK, EXIT_UNEQUAL, ConfigError
+from distllm.config.places import make_folder
 from distllm.config.schema import Config, EngineConfig, LayoutConfig
 from distllm.models.build import meta_model, resolve_spec
 from distllm.train.build_deepspeed import require_deepspeed
@@ -219,7 +220,7 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
         require_deepspeed()
         if options.device == "cpu":  # elsewhere it may start CUDA, which does not survive a fork
             deepspeed_trial.load_compiler()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, key="--out", value=str(folder), near="runs/verify")
     verification = Verification(config, open_data(config, folder), options)
     tasks = list(_tasks(verification))
     planted_ones = (*planted.FAULTS, *DEEPSPEED_FAULTS) if options.faults else ()
