@@ -157,11 +157,12 @@ def verify(
     trust: Annotated[bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")] = False,
 ) -> int:
     """Prove on a small model of the same kind that every layout and engine computes what one process computes."""
-    from distllm.verify.asked import options_of
+    from distllm.verify.asked import options_of, words_of
 
     loaded = _checked(config, overrides)
     if config.is_dir() and not trust:
         _refuse_own_code(loaded, config)
+    words = words_of(engines=engines, precision=precision, steps=steps, device=device, timeout_s=timeout, trust=trust)
     options = options_of(
         ranks=ranks, layouts=layouts, precision=precision, steps=steps, faults=planted_faults, device=device, timeout_s=timeout,
         engines=f"native,{loaded.config.engine.name}" if engines is None else engines,
@@ -169,7 +170,7 @@ def verify(
     from distllm.verify.command import verify as run_verify
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-verify"
-    return run_verify(loaded.config, options, folder=folder, named=" ".join([str(config), *(overrides or [])]))
+    return run_verify(loaded.config, options, folder=folder, named=shlex.join([str(config), *(overrides or [])]), words=words)
 
 
 @app.command(epilog=_EPILOG)

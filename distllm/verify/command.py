@@ -199,7 +199,7 @@ def _formula(
     return formula, ""
 
 
-def verify(config: Config, options: Options, *, folder: Path, named: str) -> int:
+def verify(config: Config, options: Options, *, folder: Path, named: str, words: str) -> int:
     """Verify every layout, show the table, and write record and picture.
 
     Args:
@@ -207,6 +207,7 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
         options: what was asked for.
         folder: where files go.
         named: how the user named the config, for the last line.
+        words: of `words_of`, for the last line.
 
     Returns:
         EXIT_OK if every layout that is not refused is equal, every guard holds, and every planted fault was caught;
@@ -242,7 +243,8 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
     if worst is not None:
         files.append(draw(folder, worst))
     what = f"{config.name}: {_what(verification)}, {options.steps} steps of your own data"
-    say(certificate(rows, guards=found, faults=caught, files=files, config=named, what=what, holds=holds))
+    say(certificate(rows, guards=found, faults=caught, files=files, config=named, what=what, holds=holds,
+                    options=words))
     return EXIT_OK if holds else EXIT_UNEQUAL
 
 
