@@ -21,12 +21,9 @@ from distllm.train.loop import train
 from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
-from tests.with_deepspeed import INSTALLED
 
 STEPS = 6
-pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+pytestmark = pytest.mark.deepspeed
 
 
 @pytest.fixture(scope="module")
