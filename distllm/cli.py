@@ -81,8 +81,7 @@ def run(argv: list[str]) -> int:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else EXIT_BUG
     except usage_error as error:
-        path = getattr(getattr(error, "ctx", None), "command_path", "distllm")
-        say(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help")
+        say(_of_usage(error, argv))
         return EXIT_CONFIG
     except BaseException as error:  # DCP's CheckpointException is no Exception
         code = tell(error, debug=debug, silent=later_rank() and isinstance(error, DistllmError))
@@ -91,6 +90,16 @@ def run(argv: list[str]) -> int:
     if code == EXIT_INTERRUPTED and "DISTLLM_INIT_METHOD" not in os.environ:  # of local ranks, the launcher tells it
         say("interrupted")
     return code
+
+
+def _of_usage(error: Exception, argv: list[str]) -> str:
+    """What is wrong with the words of a command line: of a number in our words, of the rest in typer's."""
+    from distllm.usage import number_problem
+
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    told = number_problem(app, getattr(context, "info_name", None), getattr(parameter, "name", None), argv)
+    path = getattr(context, "command_path", "distllm")
+    return told or f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help"
 
 
 @app.callback(invoke_without_command=True)
