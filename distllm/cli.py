@@ -1,4 +1,7 @@
-"""The commands. Each imports what it needs inside itself, so that help and config errors come at once."""
+"""The commands. Each imports what it needs inside itself, so that help and config errors come at once.
+
+Those of a config are here; those that ask a trained model are in model_commands.py, and launch is in launch_options.py.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DataError, DistllmError
+from distllm.config.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DistllmError
 from distllm.faults import describe, say, tell
 from distllm.launch.devices import has_driver
 from distllm.launch_options import launch as launch_command
 from distllm.launched import later_rank, report_end, show_log, world_size
-from distllm.options import (
-    Average,
-    Beams,
-    Column,
-    ConfigFile,
-    Device,
-    Harness,
-    LengthPenalty,
-    Others,
-    Overrides,
-    PairColumn,
-    Processes,
-    Source,
-    TaskName,
-    Truncate,
-    Trust,
-    Weights,
-    Which,
-    Words,
-    device_name,
-    must_exist,
-    real_device,
-)
+from distllm.model_commands import evaluate, export, generate, predict
+from distllm.options import ConfigFile, Device, Overrides, Processes, Words, device_name, must_exist
 
 if TYPE_CHECKING:
     from distllm.config.deepspeed_json import FileBuffers
@@ -81,8 +63,7 @@ def run(argv: list[str]) -> int:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else EXIT_BUG
     except usage_error as error:
-        path = getattr(getattr(error, "ctx", None), "command_path", "distllm")
-        say(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help")
+        say(_of_usage(error, argv))
         return EXIT_CONFIG
     except BaseException as error:  # DCP's CheckpointException is no Exception
         code = tell(error, debug=debug, silent=later_rank() and isinstance(error, DistllmError))
@@ -91,6 +72,16 @@ def run(argv: list[str]) -> int:
     if code == EXIT_INTERRUPTED and "DISTLLM_INIT_METHOD" not in os.environ:  # of local ranks, the launcher tells it
         say("interrupted")
     return code
+
+
+def _of_usage(error: Exception, argv: list[str]) -> str:
+    """What is wrong with the words of a command line: of a number in our words, of the rest in typer's."""
+    from distllm.usage import number_problem
+
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    told = number_problem(app, getattr(context, "info_name", None), getattr(parameter, "name", None), argv)
+    path = getattr(context, "command_path", "distllm")
+    return told or f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {path} --help"
 
 
 @app.callback(invoke_without_command=True)
@@ -157,11 +148,12 @@ def verify(
     trust: Annotated[bool, typer.Option("--trust", help="Run the Python code that a run folder's config names.")] = False,
 ) -> int:
     """Prove on a small model of the same kind that every layout and engine computes what one process computes."""
-    from distllm.verify.asked import options_of
+    from distllm.verify.asked import options_of, words_of
 
     loaded = _checked(config, overrides)
     if config.is_dir() and not trust:
         _refuse_own_code(loaded, config)
+    words = words_of(engines=engines, precision=precision, steps=steps, device=device, timeout_s=timeout, trust=trust)
     options = options_of(
         ranks=ranks, layouts=layouts, precision=precision, steps=steps, faults=planted_faults, device=device, timeout_s=timeout,
         engines=f"native,{loaded.config.engine.name}" if engines is None else engines,
@@ -169,7 +161,7 @@ def verify(
     from distllm.verify.command import verify as run_verify
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-verify"
-    return run_verify(loaded.config, options, folder=folder, named=" ".join([str(config), *(overrides or [])]))
+    return run_verify(loaded.config, options, folder=folder, named=shlex.join([str(config), *(overrides or [])]), words=words)
 
 
 @app.command(epilog=_EPILOG)
@@ -219,192 +211,10 @@ def bench(
     return code
 
 
-@app.command("eval", epilog=_EPILOG)
-def evaluate(
-    source: Source,
-    text: Annotated[list[Path] | None, typer.Option(help="A UTF-8 text file to measure on; may be given again.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A file like the run's training source, such as a test set.")] = None,
-    target: Annotated[Path | None, typer.Option(help="The file of the targets where --data is a plain text.")] = None,
-    ensemble: Others = None,
-    weight: Weights = None,
-    which: Which = "auto",
-    average: Average = 1,
-    beams: Beams = None,
-    length_penalty: LengthPenalty = None,
-    column: Column = None,
-    pair_column: PairColumn = None,
-    label_column: Annotated[str | None, typer.Option(help="The column of the label in --data.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="The column of the target text in --data.")] = None,
-    task: TaskName = "",
-    truncate: Truncate = None,
-    harness: Harness = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --harness: documents of each task.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 8,
-    device: Device = "auto",
-    trust: Trust = False,
-) -> int:
-    """Measure a model: a run on its own validation data, or any on a file: loss and what fits its task."""
-    for name in (source, *(ensemble or [])):
-        must_exist(name)
-    for file in text or []:
-        if not file.is_file():
-            raise DataError(f"{file}: no such text file")
-    show_log()
-    from distllm.train import tell
-    from distllm.train.ensemble import open_ensemble
-    from distllm.train.evaluate_source import Measured, On, measure
-    from distllm.train.files import Columns, check_output
-    from distllm.train.inference import Choice, exported
-    from distllm.train.translate import decode_of
-
-    if json is not None:
-        check_output(json, inputs=[f for f in (data, target) if f is not None])
-    choice = Choice(which, average)
-    if harness is not None:
-        from distllm.train.harness import run_harness
-
-        with exported(source, choice=choice, trust=trust) as (folder, kind):
-            figures = run_harness(folder, harness.split(","), kind=kind, batch=batch, device=real_device(device), limit=limit)
-        found = Measured(source, figures)
-    else:
-        opened = open_ensemble(
-            [source, *(ensemble or [])], weights=weight or [], choice=choice, device=device_name(device), trust=trust
-        )
-        on = On(
-            tuple(text or []), data, target, Columns(column, pair_column, label_column, target_column), task, truncate
-        )
-        decode = decode_of(opened, beams=beams, length_penalty=length_penalty)
-        found = measure(opened, on=on, batch=batch, decode=decode, terminal=True)
-    print("\n".join(tell.lines(found)))
-    if found.confusions:
-        folder = opened.first.run / "report" if opened.first.run is not None else Path.cwd()
-        for path in tell.draw(found, folder, name=data.stem if data is not None else "validation"):
-            print(f"{'picture':<16}{path}")
-    if json is not None:
-        tell.write_json(found, json)
-        print(f"{'figures':<16}{json}")
-    writes = (kind if harness is not None else opened.first.kind) in ("causal_lm", "sft")
-    use = "generate {} --prompt '...'" if writes else "predict {} --input FILE --output FILE"
-    print(f"{'next':<16}distllm {use.format(source)}")
-    return EXIT_OK
-
-
-@app.command(epilog=_EPILOG)
-def predict(
-    source: Source,
-    input: Annotated[Path, typer.Option(help="A table (.tsv, .csv, .jsonl, .parquet), or plain text, an example a line.")],
-    output: Annotated[Path, typer.Option(help="The file to write: a table of classes or numbers, or a text a line.")],
-    ensemble: Others = None,
-    weight: Weights = None,
-    which: Which = "auto",
-    average: Average = 1,
-    beams: Beams = None,
-    length_penalty: LengthPenalty = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a translation or continuation at most.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="For continuations; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="For continuations that are drawn.")] = 1,
-    column: Column = None,
-    pair_column: PairColumn = None,
-    task: TaskName = "",
-    truncate: Truncate = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 32,
-    device: Device = "auto",
-    trust: Trust = False,
-) -> int:
-    """Answer every row of a file: its class, its number, its translation, its continuation, or its masks filled."""
-    for name in (source, *(ensemble or [])):
-        must_exist(name)
-    if not input.is_file():
-        raise DataError(f"--input={input}: no such file")
-    show_log()
-    from distllm.generate import Sampling
-    from distllm.train.ensemble import open_ensemble
-    from distllm.train.files import Columns, check_output
-    from distllm.train.inference import Choice
-    from distllm.train.predict import Asked
-    from distllm.train.predict import predict as predict_file
-    from distllm.train.translate import decode_of
-
-    check_output(output, inputs=[input])
-    opened = open_ensemble(
-        [source, *(ensemble or [])], weights=weight or [], choice=Choice(which, average), device=device_name(device), trust=trust
-    )
-    decode = decode_of(opened, beams=beams, length_penalty=length_penalty, max_tokens=max_tokens)
-    asked = Asked(
-        Columns(column, pair_column), task, truncate, decode, Sampling(max_tokens or 64, temperature=temperature), seed, batch
-    )
-    count = predict_file(opened, file=input, output=output, asked=asked, terminal=True)
-    print(f"rows     {count:,}")
-    print(f"written  {output}")
-    return EXIT_OK
-
-
-@app.command(epilog=_EPILOG)
-def generate(
-    source: Source,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; - reads stdin. Several make a batch.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each text.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 from all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold this share.")] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 1,
-    ensemble: Others = None,
-    weight: Weights = None,
-    which: Which = "auto",
-    average: Average = 1,
-    device: Device = "auto",
-    trust: Trust = False,
-) -> int:
-    """Let a model continue a text."""
-    for name in (source, *(ensemble or [])):
-        must_exist(name)
-    prompts = [sys.stdin.read() if p == "-" else p for p in prompt or [""]]
-    target = device_name(device)
-    from distllm.generate import Sampling
-    from distllm.train.ensemble import open_ensemble
-    from distllm.train.generate_source import generate_source
-    from distllm.train.inference import Choice
-
-    sampling = Sampling(max_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
-    opened = open_ensemble(
-        [source, *(ensemble or [])], weights=weight or [], choice=Choice(which, average), device=target, trust=trust
-    )
-    pieces = generate_source(opened, prompts=prompts, sampling=sampling, seed=seed)
-    if len(prompts) == 1:
-        for number, piece in enumerate(pieces):
-            _write(prompts[0] + piece if number == 0 else piece)  # nothing is shown before the model has loaded
-        _write("\n")
-        return EXIT_OK
-    for number, (start, text) in enumerate(zip(prompts, pieces, strict=True), start=1):
-        _write(f"--- {number}\n{start}{text}\n")
-    return EXIT_OK
-
-
-@app.command(epilog=_EPILOG)
-def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run (its newest good checkpoint), or a checkpoint.")],
-    folder: Annotated[Path, typer.Argument(metavar="OUT_FOLDER", help="The folder to write; new or empty.")],
-    which: Which = "auto",
-    average: Average = 1,
-    trust: Trust = False,
-) -> int:
-    """Write a model folder that plain transformers loads."""
-    must_exist(source)
-    from distllm.train.inference import Choice, export_source, loader_of
-
-    written = export_source(source, folder, choice=Choice(which, average), trust=trust)
-    loader = loader_of(written)
-    use = "generate {} --prompt '...'" if loader == "AutoModelForCausalLM" else "predict {} --input FILE --output FILE"
-    answers = loader.startswith("AutoModelFor")  # a body whose heads lie beside it, or a module of one's own, answers as a run
-    call = f"{loader}.from_pretrained({str(written)!r})"
-    if not loader.startswith("Auto"):
-        call = f"{loader}({str(min(written.glob('*.safetensors')))!r})"
-    print(f"written  {written}")
-    print(f"next     distllm {use.format(written if answers else source)}")
-    print(f"         {call}")
-    return EXIT_OK
+app.command("eval", epilog=_EPILOG)(evaluate)
+app.command("predict", epilog=_EPILOG)(predict)
+app.command("generate", epilog=_EPILOG)(generate)
+app.command("export", epilog=_EPILOG)(export)
 
 
 @app.command(epilog=_EPILOG)
@@ -472,11 +282,6 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
     for path in draw(run_folder):
         print(path)
     return EXIT_OK
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _checked(config: Path, overrides: list[str] | None) -> Loaded:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from distllm.config.errors import CheckpointError, ConfigError
+from distllm.config.errors import CheckpointError, ConfigError, DataError
+from distllm.config.places import missing
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a run folder to go on with.")]
 Overrides = Annotated[
@@ -67,6 +68,14 @@ def real_device(name: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def must_be_file(path: Path, *, option: str) -> None:
+    """Refuse a missing file before anything heavy is imported."""
+    if path.is_dir():
+        raise DataError(f"{option}={path}: is a folder, and a file is needed; nearest: a file in it")
+    if not path.exists():
+        raise DataError(missing(option, path))
 
 
 def must_exist(source: str) -> None:

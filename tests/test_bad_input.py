@@ -194,7 +194,17 @@ def test_config_files_that_are_none(content_: bytes | None, line: str) -> None:
 
 GOOD = b'{"text": "fine"}\n'
 DATA = [
-    ("missing", None, TEXT, r"bad: no such file"),
+    ("missing", None, TEXT, r"^data\.sources\.0\.path=bad: no such file; nearest: the folder /\S+$"),
+    ("no glob", None, [*TEXT, "data.sources.0.path=tinny.yaml*"], r"^data\.sources\.0\.path=tinny\.yaml\*: no file matches; nearest: tiny\.yaml$"),
+    ("folder", None, [*TEXT, "data.sources.0.path=store"], r"^data\.sources\.0\.path=store: is a folder; nearest: a glob of its files, such as store/\*\*/\*$"),
+    ("no pair", None, ["data.sources.0.kind=tokens", "data.sources.0.path=store/tiny", "data.sources.0.hint=make it", "data.sources.0.document=file"],
+     r"^data\.sources\.0\.path=store/tiny: there is no tiny\.bin; a token store is a pair tiny\.bin and tiny\.idx; nearest: the folder store; make it$"),
+    ("validation", None, [*TEXT, "data.sources.0.path=tiny.yaml", "data.validation.sources=[{kind: text, path: tiny.yml}]"],
+     r"^data\.validation\.sources\.0\.path=tiny\.yml: no such file; nearest: tiny\.yaml$"),
+    ("tokenizer", None, ["data.tokenizer.kind=hf", "data.tokenizer.path=./stroe", *TEXT, "data.sources.0.path=tiny.yaml"],
+     r"^data\.tokenizer\.path=\./stroe: no such folder, .*; nearest: store$"),
+    ("targets", None, ["data.sources.0.kind=parallel", "data.sources.0.path=tiny.yaml", "data.sources.0.target_path=tiny.yamml", "task.kind=translation_lm", "data.sources.0.document=file"],
+     r"^data\.sources\.0\.target_path=tiny\.yamml: no such file; nearest: tiny\.yaml$"),
     ("empty", b"", TEXT, r"bad: the file is empty"),
     ("binary", b"ELF\x00\x01" * 90, TEXT, r"bad: a binary file \(NUL byte at byte 3\)"),
     ("UTF-8", b"fine\nfine\nna\xefve\n", TEXT, r"bad, line 3: not valid UTF-8"),

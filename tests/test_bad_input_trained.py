@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from distllm.cli import run
 from distllm.comm import World
-from distllm.config.errors import EXIT_CONFIG, EXIT_DATA
+from distllm.config.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA
 from distllm.config.load import to_yaml
 from distllm.config.schema import Config
 from distllm.train.inference import export_source
@@ -68,7 +68,9 @@ FROM = ["model.type=null", "model.sizes={}", "model.path=runs/classifier"]
         ("eval runs/classifier --ensemble runs/translator", EXIT_CONFIG, "--ensemble=runs/translator, step 2: was trained for seq2seq, and runs/classifier, step 2 for classification"),
         ("train classifier.yaml name=new distill.teacher=runs/other", EXIT_CONFIG, "distill.teacher=runs/other: has another tokenizer, whose ids mean other text; train with data.tokenizer of the teacher"),
         ("train classifier.yaml name=new distill.teacher=runs/translator", EXIT_DATA, "distill.teacher=runs/translator: is an encoder-decoder, which is for task.kind=seq2seq; for task.kind=classification use an encoder such as bert"),
-        ("train classifier.yaml name=new distill.teacher=./nowhere", EXIT_DATA, "distill.teacher=./nowhere: no such folder"),
+        ("train classifier.yaml name=new distill.teacher=./ruhns/classifier", EXIT_DATA, "distill.teacher=./ruhns/classifier: no such folder; nearest: runs/classifier"),
+        ("train classifier.yaml name=new resume=runs/clasifier", EXIT_CHECKPOINT, "resume=runs/clasifier: no such run or checkpoint; nearest: runs/classifier"),
+        ("train classifier.yaml name=new model.type=null model.sizes={} model.path=./runs/clasifier", EXIT_DATA, "model.path=./runs/clasifier: no such folder; nearest: runs/classifier"),
         (" ".join(["train classifier.yaml name=new", *FROM, "task.labels=[good,bad]"]), EXIT_CONFIG, "task.labels=[good, bad]: the head of model.path=runs/classifier has them as bad, good; nearest: task.labels=[bad, good]"),
         (" ".join(["train classifier.yaml name=new", *FROM, "data.seq_len=512"]), EXIT_CONFIG, "data.seq_len=512: the model has 160 positions; use data.seq_len=160"),
     ],

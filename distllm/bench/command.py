@@ -28,6 +28,7 @@ from distllm.bench.table import ending, growing, of_sides, say
 from distllm.comm import World
 from distllm.config.errors import EXIT_OK, EXIT_SLOWER, ConfigError
 from distllm.config.load import load
+from distllm.config.places import make_folder
 from distllm.data.bar import Bar
 from distllm.verify.ranks import Broken, on_ranks
 
@@ -142,6 +143,8 @@ def bench(
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: this process starts none, and its ranks may
     try:
         running = Bench(options, room=room, folder=folder)
+        if running.is_main:  # before hours of measuring
+            make_folder(folder, key="--out", value=str(folder), near="runs/bench")
         rows, sides = _measured(running, cells)
     finally:
         torch.set_num_threads(threads)
@@ -149,7 +152,6 @@ def bench(
     record = record_of(config, rows, sides=sides, options=options, room=room, command=command)
     worse = list(regressions(old, record)) if old is not None else []
     if running.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         files = [write_json(folder, record), write_csv(folder, rows), *draw(folder, rows)]
         lines = [*ending(rows), *of_sides(sides)]
         if old is not None:

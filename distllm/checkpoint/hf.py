@@ -16,6 +16,8 @@ from torch import nn
 
 from distllm.config.errors import DataError, StorageError
 from distllm.config.machine import flush
+from distllm.config.schema import CleanConfig
+from distllm.data.clean import cleans
 from distllm.data.tokenizer import id_count
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
@@ -34,6 +36,7 @@ def export(
     tokenizer_folder: Path | None,
     dtype: torch.dtype = torch.float32,
     max_file_bytes: int = 5_000_000_000,
+    clean: CleanConfig | None = None,
 ) -> None:
     """Write a model as safetensors with its config and tokenizer; the folder appears whole or not at all.
 
@@ -46,6 +49,7 @@ def export(
         tokenizer_folder: a tokenizer in transformers' format to copy, or None.
         dtype: the floating-point format to write the parameters in.
         max_file_bytes: the largest file to write, unless one tensor is larger.
+        clean: how the texts were cleaned that the model learned from; `distllm.json` keeps it, as transformers has no place.
 
     Raises:
         StorageError: the target holds something else, or cannot be written.
@@ -63,10 +67,12 @@ def export(
             _copy(tokenizer_folder, partial, TOKENIZER_FILES)
         if tokenizer_folder is not None and spec.hf_config is not None:
             _fit_tokenizer(partial, spec)
-        facts = {
+        facts: dict[str, Any] = {
             "model": spec.name, "task": spec.task, "base": spec.base, "vocab_size": spec.vocab_size,
             "max_seq_len": spec.max_seq_len, "dtype": _text(dtype),
         }  # fmt: skip
+        if clean is not None and cleans(clean):
+            facts["clean"] = clean.model_dump(exclude_defaults=True)
         # By this file a folder is known as an export, so that a new one may replace it.
         (partial / MARKER).write_text(json.dumps({"format": "export", **facts}, indent=2) + "\n")
         for file in partial.iterdir():
@@ -77,6 +83,21 @@ def export(
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_cleaning(folder: Path) -> CleanConfig:
+    """How the texts were cleaned that an exported model learned from; another folder says nothing of it.
+
+    Raises:
+        DataError: what is written there is no such setting.
+    """
+    file = folder / MARKER
+    if not file.is_file():
+        return CleanConfig()
+    try:
+        return CleanConfig.model_validate(json.loads(file.read_text(encoding="utf-8")).get("clean", {}))
+    except (ValueError, AttributeError):
+        raise DataError(f"{file}: damaged: `clean` must hold settings of data.clean; export the model again") from None
 
 
 def check_target(folder: Path) -> None:

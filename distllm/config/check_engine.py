@@ -19,7 +19,8 @@ def engine_problems(config: Config) -> Iterator[str]:
     if config.engine.name == "native":
         yield from _for_deepspeed_only(config.engine)
         return
-    yield from _sharding(config.engine)
+    third = ", or engine.zero_stage=3" if config.layout.pp > 1 else ""  # which its pipeline has not, so it is not offered
+    yield from (line.removesuffix(third) for line in _sharding(config.engine))
     yield from _axes(config)
     yield from _pipeline(config)
     yield from _precision(config)

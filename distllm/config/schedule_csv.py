@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from distllm.config.errors import ConfigError
+from distllm.config.places import missing
 
 Kind = Literal["F", "B", "I", "W"]
 CELL = re.compile(r"(\d+)([FBIW])(\d+)")
@@ -50,6 +51,8 @@ def read_order(path: Path, *, pp: int, microbatches: int) -> Order:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
+    except FileNotFoundError:
+        raise ConfigError([f"{missing('layout.pp_csv', path)}, or layout.pp_schedule=1f1b"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{key}: cannot be read ({error}); nearest: layout.pp_schedule=1f1b"]) from error
     if len(rows) != pp:

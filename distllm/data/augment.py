@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from distllm.config.errors import ConfigError, DataError
+from distllm.config.places import missing
 from distllm.config.schema import AugmentConfig
 from distllm.data.masking import MaskVocabulary, below
 from distllm.data.order import mix
@@ -167,6 +168,8 @@ def read_synonyms(path: Path, tokenizer: Any) -> Synonyms:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(missing("data.augment.synonyms", path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.augment.synonyms={path}: cannot be read: {' '.join(str(error).split())}") from None
     words: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}

@@ -17,23 +17,19 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distllm.config.errors import DataError
 from distllm.config.machine import flush
-from distllm.config.schema import Config, SourceConfig, TokenizerConfig
-from distllm.data.bar import Bar
+from distllm.config.places import make_folder
+from distllm.config.schema import Config, SourceConfig
 from distllm.data.clean import cleans
-from distllm.data.dedup import Repeats, drops
-from distllm.data.documents import documents
-from distllm.data.encode import agrees_on, load_encoder
+from distllm.data.dedup import drops
+from distllm.data.encode import load_encoder
 from distllm.data.example_store import ExampleStore
-from distllm.data.order import key_of, permute
 from distllm.data.prepare_examples import (
     Translate,
     content_facts,
@@ -42,14 +38,13 @@ from distllm.data.prepare_examples import (
     open_examples,
     training_texts,
 )
-from distllm.data.source import Shard, Source, open_source
-from distllm.data.store import TokenStore, bin_path, dtype_for, idx_path, largest_id, write_index
+from distllm.data.prepare_text import clip, make_packed, store_prefix
+from distllm.data.source import Source, check_files, open_source
+from distllm.data.store import TokenStore, bin_path, idx_path
 from distllm.data.survey import Labels, survey
-from distllm.data.tokenise import Task, ids_path, lengths_path, tokenise_all
 from distllm.data.tokenizer import folder_digest, make_tokenizer, spec_digest
 
 FORMAT = 1  # raise it when the same text would give other bytes
-SAMPLE_CHARACTERS = 200_000  # on which the fast encoder is compared with `tokenizers` before it is used
 # Settings of a source that came after stores were made: at their defaults they are not in the recipe of a store.
 LATER = (
     "target_path", "pair_column", "label_column", "target_column", "messages_column", "names", "prefix", "task",
@@ -107,7 +102,7 @@ def prepare(config: Config, *, progress: bool = False, translate: Translate | No
     if not meta.is_file():
         if _older(plan) is not None:
             log.info("the text of an earlier store has changed: preparing it again as %s", plan.folder)
-        plan.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(plan.folder.parent, key="data.store", value=config.data.store, near="data_store")
         with _lock(plan.folder.with_name(f".lock-{plan.digest}")):
             if not meta.is_file():
                 _make(plan, config, staging, progress=progress, translate=translate)
@@ -136,6 +131,7 @@ def _plan(config: Config) -> _Plan:
     named += [(f"validation-{i:03d}", s) for i, s in enumerate(data.validation.sources)]
     if not data.sources:
         raise DataError("data.sources: is empty; give at least one source")
+    check_files(config)
     roles = config.task.kind != "causal_lm"
     tokenizer = spec_digest(data.tokenizer, roles=roles)
     facts: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer}
@@ -174,20 +170,9 @@ def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _prefix(source: SourceConfig) -> Path:
-    """The path of a token store without `.bin`."""
-    if not source.path:
-        raise DataError("data.sources: kind=tokens needs the path of a .bin/.idx pair, without .bin, in `path`")
-    return Path(source.path.removesuffix(".bin").removesuffix(".idx"))
-
-
 def _pair(source: SourceConfig) -> list[Any]:
     """What names a token store that somebody else made: its path, sizes and times, as it may be terabytes."""
-    prefix = _prefix(source)
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if not path.is_file():
-            hint = f"; {source.hint}" if source.hint else ""
-            raise DataError(f"{path}: no such file; a token store is a pair {prefix.name}.bin and {prefix.name}.idx{hint}")
+    prefix = store_prefix(source)
     stats = [path.stat() for path in (bin_path(prefix), idx_path(prefix))]
     return [str(prefix.absolute()), [(s.st_size, s.st_mtime_ns) for s in stats]]
 
@@ -222,7 +207,9 @@ def _make(plan: _Plan, config: Config, staging: Path, *, progress: bool, transla
     if is_examples(config):
         meta = _make_examples(plan, config, staging, progress=progress, translate=translate)
     else:
-        meta = _make_packed(plan, config, staging, progress=progress)
+        meta = make_packed(
+            config, plan.configs, plan.sources, staging=staging, final=final, progress=progress
+        )
     tokenizer = staging / "tokenizer"
     shutil.copytree(tokenizer, final / "tokenizer")
     facts = {"format": FORMAT, "digest": plan.digest, "recipe": plan.recipe, "vocab_size": meta["vocab_size"]}
@@ -242,7 +229,7 @@ def _make_examples(
         log.info("making the tokenizer")
         texts = training_texts(config, plan.configs, found)
         limit = config.data.tokenizer.train_bytes if config.data.tokenizer.kind == "bpe" else sys.maxsize
-        make_tokenizer(config.data.tokenizer, _clip(texts, limit), tokenizer, roles=True)
+        make_tokenizer(config.data.tokenizer, clip(texts, limit), tokenizer, roles=True)
     vocab_size = load_encoder(tokenizer, fast=False).vocab_size
     stores = make_examples(
         config, plan.configs, found, tokenizer=tokenizer, staging=staging, final=staging / "final", translate=translate,
@@ -251,131 +238,11 @@ def _make_examples(
     return {"vocab_size": vocab_size, "labels": found.labels, "stores": stores}
 
 
-def _make_packed(plan: _Plan, config: Config, staging: Path, *, progress: bool) -> dict[str, Any]:
-    """Make the tokenizer and the token stores of packed text and say what is for meta.json."""
-    final, tokenizer = staging / "final", staging / "tokenizer"
-    sources = _without_repeats(plan, config) if drops(config.data.dedup) else plan.sources
-    if not tokenizer.is_dir():
-        log.info("making the tokenizer")
-        texts = _learn_from(sources, config.data.tokenizer)
-        make_tokenizer(config.data.tokenizer, texts, tokenizer, roles=config.task.kind != "causal_lm")
-    encoder = load_encoder(tokenizer)
-    sample = list(_clip(_spread(sources.values(), seed=1), SAMPLE_CHARACTERS))
-    fast = agrees_on(encoder, tokenizer, sample)
-    if encoder.reason or not fast:
-        reason = encoder.reason or f"{encoder.method} gives other ids on this text"
-        log.warning("tokenising with `tokenizers`, several times slower than the fast way: %s", reason)
-    tasks = {
-        name: [
-            Task(shard, staging / f"{name}-{i:05d}", tokenizer, folder_digest(tokenizer), dtype_for(encoder.vocab_size), fast)
-            for i, shard in enumerate(source.shards)
-        ]
-        for name, source in sources.items()
-    }
-    _tokenise(tasks, workers=config.data.workers, progress=progress)
-    stores = {name: _merge(parts, final / name, label=sources[name].label) for name, parts in tasks.items()}
-    stores |= {name: _examine(s, encoder.vocab_size) for name, s in plan.configs if s.kind == "tokens"}
-    tokenised_by = encoder.method if fast else "tokenizers"
-    return {"vocab_size": encoder.vocab_size, "tokenised_by": tokenised_by, "stores": stores}
-
-
-def _without_repeats(plan: _Plan, config: Config) -> dict[str, Source]:
-    """The sources, the training ones without the documents that repeat an earlier one of any of them.
-
-    All training documents are read once more for it, in this process, as what repeats depends on all before it.
-    """
-    repeats, found = Repeats(config.data.dedup), dict(plan.sources)
-    for name, source in plan.sources.items():
-        if not name.startswith("train"):
-            continue
-        shards, dropped, count = [], 0, 0
-        for shard in source.shards:
-            again = [repeats.seen(text) for text in documents(shard)]
-            shards.append(replace(shard, dropped=frozenset(i for i, repeated in enumerate(again) if repeated)))
-            dropped, count = dropped + sum(again), count + len(again)
-        log.info("%s: %d of %d documents repeat an earlier one and are dropped", source.label, dropped, count)
-        found[name] = replace(source, shards=tuple(shards))
-    return found
-
-
-def _tokenise(tasks: dict[str, list[Task]], *, workers: int, progress: bool) -> None:
-    every = [t for parts in tasks.values() for t in parts]
-    size = sum(t.shard.n_bytes for t in every)
-
-    def amount(task: Task) -> int:
-        return task.shard.n_bytes if size else 1
-
-    with Bar("tokenising", total=size or len(every), unit="B" if size else "shards", show=progress) as bar:
-        bar.advance(sum(amount(t) for t in every if t.done))
-        for task in tokenise_all(every, workers=workers):
-            bar.advance(amount(task))
-
-
-def _merge(parts: Sequence[Task], prefix: Path, *, label: str) -> dict[str, Any]:
-    """Join the parts of a source, in order, into a store; a document that goes on in the next part is one document."""
-    lengths: list[np.ndarray] = []
-    with bin_path(prefix).open("wb") as out:
-        for task in parts:
-            mine = np.load(lengths_path(task.part), allow_pickle=False)
-            if task.shard.continues and lengths and len(mine):
-                lengths[-1][-1] += mine[0]
-                mine = mine[1:]
-            if len(mine):
-                lengths.append(mine)
-            with ids_path(task.part).open("rb") as part:
-                shutil.copyfileobj(part, out, 16 << 20)
-        out.flush()
-        os.fsync(out.fileno())
-    if not lengths:
-        raise DataError(f"{label}: there is no text in it, every document is empty")
-    every = np.concatenate(lengths)
-    write_index(idx_path(prefix), document_lengths=every, dtype=parts[0].dtype)
-    return {"documents": len(every), "tokens": int(every.sum()), "bytes": bin_path(prefix).stat().st_size}
-
-
-def _examine(source: SourceConfig, vocab_size: int) -> dict[str, Any]:
-    """Check a token store that somebody else made: its whole index, and that the tokenizer has all its ids."""
-    store = TokenStore.open(_prefix(source))
-    store.check(whole=True)
-    largest = largest_id(store)
-    if largest >= vocab_size:
-        raise DataError(
-            f"{bin_path(store.prefix)}: holds the id {largest}, but the tokenizer has {vocab_size} ids: it is not the one that "
-            "made this store; set data.tokenizer.kind=hf and data.tokenizer.path to that one"
-        )
-    return {"documents": store.n_documents, "tokens": store.n_tokens, "bytes": bin_path(store.prefix).stat().st_size}
-
-
-def _spread(sources: Any, *, seed: int) -> Iterator[str]:
-    """Documents of the sources, shard by shard in a mixed order, so that the first ones stand for all."""
-    shards: list[Shard] = [shard for source in sources for shard in source.shards]
-    for i in permute(np.arange(len(shards)), size=max(1, len(shards)), key=key_of(seed)):
-        yield from documents(shards[int(i)])
-
-
-def _learn_from(sources: Mapping[str, Source], config: TokenizerConfig) -> Iterator[str]:
-    """The documents a tokenizer learns from: for chars all, for bpe `train_bytes` of the training sources."""
-    if config.kind == "chars":
-        return _spread(sources.values(), seed=0)
-    training = [s for name, s in sources.items() if name.startswith("train")]
-    return _clip(_spread(training, seed=0), config.train_bytes)
-
-
-def _clip(texts: Iterator[str], size: int) -> Iterator[str]:
-    """Texts up to about `size` bytes of UTF-8 in all."""
-    for text in texts:
-        yield text[:size]
-        size -= len(text.encode("utf-8"))
-        if size <= 0:
-            return
-
-
 def _write_flushed(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-
 
 
 def _open(plan: _Plan, config: Config) -> Prepared:
@@ -396,7 +263,7 @@ def _open(plan: _Plan, config: Config) -> Prepared:
         return Prepared((), (), folder, vocab_size, plan.digest, opened_examples[:cut], opened_examples[cut:], labels)
     stores: dict[str, TokenStore] = {}
     for name, source in plan.configs:
-        stores[name] = TokenStore.open(_prefix(source) if source.kind == "tokens" else plan.folder / name)
+        stores[name] = TokenStore.open(store_prefix(source) if source.kind == "tokens" else plan.folder / name)
         found = [stores[name].n_documents, stores[name].n_tokens]
         if found != [made[name]["documents"], made[name]["tokens"]]:
             binary = bin_path(stores[name].prefix)

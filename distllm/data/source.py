@@ -18,7 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from distllm.config.errors import DataError
-from distllm.config.schema import CleanConfig, SourceConfig
+from distllm.config.places import missing
+from distllm.config.schema import CleanConfig, Config, SourceConfig
+from distllm.data.store import bin_path, idx_path, prefix_of
 
 SHARD_BYTES = 8 << 20  # about half a second of tokenising
 MOST_SHARDS = 4096  # a shard costs two small files while a store is being prepared
@@ -87,6 +89,58 @@ class Source:
     """Changes when the text may have changed."""
     n_bytes: int
     """The bytes of its files, 0 if not known."""
+
+
+def check_files(config: Config) -> None:
+    """Refuse a config whose sources name files that are not there, by the key that names them.
+
+    Raises:
+        DataError: the first of them, with the nearest file and the source's hint.
+    """
+    data = config.data
+    for place, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
+        for number, source in enumerate(sources):
+            check_source(source, key=f"{place}.{number}")
+
+
+def check_source(source: SourceConfig, *, key: str) -> None:
+    """Refuse a source whose files are not there.
+
+    Args:
+        source: of any kind.
+        key: the config's key of the source.
+
+    Raises:
+        DataError: the first of them, with the nearest file and the source's hint.
+    """
+    for name, path in _paths(source):
+        _check_path(f"{key}.{name}", path, hint=source.hint)
+    if source.kind == "tokens" and source.path:
+        _check_pair(f"{key}.path", source.path, hint=source.hint)
+
+
+def _paths(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """The keys of a source that name files or globs, with their values."""
+    if source.path and source.kind not in ("embedded", "hub", "tokens"):
+        yield "path", source.path
+    if source.target_path and source.kind == "parallel":
+        yield "target_path", source.target_path
+
+
+def _check_path(key: str, path: str, *, hint: str | None) -> None:
+    if os.path.isdir(path):
+        raise DataError(f"{key}={path}: is a folder; nearest: a glob of its files, such as {os.path.join(path, '**', '*')}")
+    if os.path.isfile(path) or any(map(os.path.isfile, glob.iglob(path, recursive=True))):
+        return
+    raise DataError(missing(key, path, what="no file matches" if glob.has_magic(path) else "no such file", hint=hint))
+
+
+def _check_pair(key: str, path: str, *, hint: str | None) -> None:
+    prefix = prefix_of(path)
+    for file in (bin_path(prefix), idx_path(prefix)):
+        if not file.is_file():
+            rule = f"there is no {file.name}; a token store is a pair {prefix.name}.bin and {prefix.name}.idx"
+            raise DataError(missing(key, path, what=rule, like=file, hint=hint))
 
 
 def open_source(source: SourceConfig, *, splittable: bool, clean: CleanConfig | None = None) -> Source:

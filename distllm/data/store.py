@@ -39,6 +39,11 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return DTYPES[8] if vocab_size < UINT16_VOCAB else DTYPES[4]
 
 
+def prefix_of(path: str) -> Path:
+    """The prefix of a store that the user names by it, or by one of its files."""
+    return Path(path.removesuffix(".bin").removesuffix(".idx"))
+
+
 def bin_path(prefix: Path) -> Path:
     """The file of token ids of the store at `prefix`."""
     return prefix.with_name(prefix.name + ".bin")

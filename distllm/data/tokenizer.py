@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from distllm.config.errors import DataError
 from distllm.config.machine import reachable
+from distllm.config.places import missing
 from distllm.config.roles import Roles
 from distllm.config.schema import Config, TokenizerConfig
 
@@ -182,9 +183,8 @@ def load_hf(config: TokenizerConfig) -> PreTrainedTokenizerFast:
             loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=cached)
     except Exception as error:  # the hub, tokenizers and json have no common error class
         if not os.path.exists(path):
-            raise DataError(
-                f"data.tokenizer.path={path}: no such folder, and the hub has no such tokenizer or cannot be reached"
-            ) from None
+            rule = "no such folder, and the hub has no such tokenizer or cannot be reached"
+            raise DataError(missing("data.tokenizer.path", path, what=rule, wanted=Path.exists)) from None
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"data.tokenizer.path={path}: no tokenizer can be loaded: {reason}") from None
     if not loaded.is_fast:

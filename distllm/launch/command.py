@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from distllm.config.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, ConfigError
 from distllm.config.machine import cores
+from distllm.config.places import make_folder
 from distllm.launch.commands import Place, command, hostfile
 from distllm.launch.devices import local_gpus
 from distllm.launch.family import Request, run_family
@@ -98,6 +99,7 @@ def text_of(job: Job) -> str:
 
 def run_local(job: Job) -> int:
     """Run the job on this machine and wait for it; returns the exit code of the rank that failed first."""
+    make_folder(Path(job.out), key="out", value=job.out, near="runs")
     with tempfile.TemporaryDirectory(prefix="distllm-") as folder:
         place = Place("0", "127.0.0.1", "29500", folder, folder)
         found = {s.name: s.value for s in settings(job, folder=folder, meet=folder, master=None)}

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from distllm.config.errors import ConfigError
+from distllm.config.places import make_folder
 from distllm.launch.job import Job
 from distllm.launch.sbatch import sbatch_script
 
@@ -31,7 +32,7 @@ def submit(job: Job) -> tuple[str, Path]:
             ["--on=slurm: there is no sbatch on this machine; nearest: a login node of the cluster, or --on local"]
         )
     script = Path(job.launch_folder) / SCRIPT
-    script.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(script.parent, key="out", value=job.out, near="runs")
     script.write_text(sbatch_script(job), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DISTLLM_")}
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distllm.config.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, EXIT_STOPPED, DistllmError
+from distllm.config.places import make_folder
 from distllm.launch.commands import Place, command, hostfile
 from distllm.launch.family import Request
 from distllm.launch.job import Job
@@ -30,6 +31,8 @@ from distllm.launch.words import told
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 """A question (a password, an unknown host) is an error at once; a dead connection is noticed within a minute."""
 ANSWER_S = 20.0
+END_S = 15.0
+"""A node gives what it started 10 s between SIGTERM and SIGKILL (family.py), and then ends."""
 _PORTS = range(20_000, 32_000)
 
 
@@ -78,7 +81,7 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
             nothing has been started then.
     """
     shared = Path(job.launch_folder) / "ssh"
-    shared.mkdir(parents=True, exist_ok=True)
+    make_folder(shared, key="out", value=job.out, near="runs")
     clear_reports(shared)
     request = Request()
     with request.caught():
@@ -86,18 +89,23 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
         patience_s = 1.0  # until something has been started
         try:
             job = _try(job, nodes, shared)
-            patience_s = 15.0
+            patience_s = END_S
             for node in nodes:
                 node.send(_order(job, node.number))
             code = _wait(nodes, request)
         finally:
             for node in nodes:
                 node.hang_up()
-            cut = [node.host for node in nodes if not _end(node, patience_s=patience_s)]
+            deadline = time.monotonic() + patience_s
+            cut = [node.host for node in nodes if not _end(node, deadline)]
     if request.stop.is_set() and not job.resumes:
         return EXIT_INTERRUPTED
     code, lines = outcome(read_reports(shared), code=code, size=job.size)
-    lines += [f"{host}: does not answer any more; what ran there ends by itself; nearest: ssh {host} true" for host in cut]
+    lines += [
+        f"{host}: had not ended {END_S:.0f} s after it was told to, so its connection was cut; what runs there ends by itself; "
+        f"nearest: ssh {host} true"
+        for host in cut
+    ]
     for line in lines:
         print(f"distllm: {line}", file=sys.stderr, flush=True)
     return code
@@ -221,14 +229,18 @@ def _wait(nodes: Sequence[_Node], request: Request) -> int:
     )
 
 
-def _end(node: _Node, *, patience_s: float = 15.0) -> bool:
+def _end(node: _Node, deadline: float) -> bool:
     """Give a node the time that its processes have, then cut the connection; what it still said is passed on.
+
+    Args:
+        node: one that was hung up on.
+        deadline: of the monotonic clock, the same for all nodes, as all were hung up on at once.
 
     Returns:
         Whether the node ended by itself.
     """
     try:
-        node.process.wait(timeout=patience_s)
+        node.process.wait(timeout=max(0.0, deadline - time.monotonic()))
         alone = True
     except subprocess.TimeoutExpired:
         os.killpg(node.process.pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distllm.config.errors import DataError
 from distllm.config.machine import reachable
+from distllm.config.places import missing
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 
@@ -27,7 +28,7 @@ def weights_folder(path: str, *, trust: bool = False, key: str = "model.path", c
         raise DataError(f"{key}={path}: is a file; give the folder that holds it")
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise DataError(f"{key}={path}: no such folder")
+            raise DataError(missing(key, path, what="no such folder", wanted=Path.is_dir))
         folder = _download(path, trust=trust, key=key)
     if config and not (folder / "config.json").is_file():
         raise DataError(f"{key}={path}: has no config.json; is it a transformers model folder?")
@@ -50,7 +51,5 @@ def _download(name: str, *, trust: bool, key: str) -> Path:
         cached = not reachable(huggingface_hub.constants.ENDPOINT)
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
     except Exception as error:
-        raise DataError(
-            f"{key}={name}: no such folder here, and the hub gave no model of that name ({type(error).__name__}); "
-            "check the name and the network, or give a local folder"
-        ) from error
+        rule = f"no such folder here, and the hub gave no model of that name ({type(error).__name__}: check the network)"
+        raise DataError(missing(key, name, what=rule, wanted=Path.is_dir)) from error

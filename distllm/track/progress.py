@@ -1,4 +1,4 @@
-"""The progress bar of a run, on a terminal; nothing anywhere else."""
+"""The progress bar of a run, on a terminal; and how the log says what is left of it."""
 
 from __future__ import annotations
 
@@ -67,3 +67,9 @@ class Progress:
             self._bars.update(self._task, completed=step)
         else:
             self._bars.update(self._task, completed=step, text=text)
+
+
+def clock_face(seconds: float) -> str:
+    """A time as the bar shows it: 12:30 is minutes and seconds, 3:12:30 has hours before them."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

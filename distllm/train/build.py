@@ -19,6 +19,7 @@ from distllm.config.check import Resolved, resolve_layout, resolved_config
 from distllm.config.check_task import packed
 from distllm.config.errors import CheckpointError, ConfigError, DataError
 from distllm.config.load import digest, to_yaml
+from distllm.config.places import missing
 from distllm.config.schema import Config
 from distllm.data.loader import open_samples
 from distllm.data.prepare import Prepared, open_prepared, prepare
@@ -313,6 +314,8 @@ def _resume_point(config: Config, checkpoints: CheckpointManager) -> Found | Non
     newest = checkpoints.newest()
     if newest is not None or config.resume in ("auto", "never"):
         return newest
+    if not Path(config.resume).exists() and not Path(config.resume).is_symlink():
+        raise CheckpointError(missing("resume", config.resume, what="no such run or checkpoint", wanted=Path.is_dir))
     return checkpoints.find(Path(config.resume))
 
 

@@ -14,6 +14,7 @@ from distllm import generate
 from distllm.checkpoint.find import candidates
 from distllm.comm import broadcast, gather
 from distllm.config.trust import own_code
+from distllm.data.clean import clean
 from distllm.evaluate import Evaluation
 from distllm.rank_facts import node_name
 from distllm.track.node_use import NodeUse, node_summaries
@@ -34,9 +35,10 @@ def sample_text(run: Run, step: int) -> str | None:
     if t.sample_tokens == 0 or not t.sample_prompts or run.task.kind not in WRITES:
         return None
     run.world.place.enter("sample")
+    prompts = [clean(prompt, run.config.data.clean) for prompt in t.sample_prompts]
     with run.meter.pause(), run.engine.averaged(), run.engine.inference() as model:
         texts = generate.sample_text(
-            model, tokenizer=run.tokenizer, prompts=t.sample_prompts, max_len=run.spec.max_seq_len,
+            model, tokenizer=run.tokenizer, prompts=prompts, max_len=run.spec.max_seq_len,
             sampling=generate.Sampling(t.sample_tokens, t.sample_temperature), device=run.world.device,
             to_the_end=run.world.size > 1,
             generator=torch.Generator(run.world.device).manual_seed(run.config.seed),

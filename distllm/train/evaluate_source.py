@@ -17,6 +17,7 @@ from distllm.config.check import resolve_layout
 from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import DataConfig, DecodeConfig, SourceConfig, TokenizerConfig, ValidationConfig
 from distllm.data.batch import IGNORE, Batch
+from distllm.data.clean import clean
 from distllm.data.example_store import ExampleStore
 from distllm.data.examples import ExampleSamples
 from distllm.data.loader import open_samples, validation_batches
@@ -243,9 +244,12 @@ def _targets(source: SourceConfig, store: ExampleStore) -> list[str] | None:
 
 
 def _measure_texts(ensemble: Ensemble, files: Sequence[Path], *, batch: int, terminal: bool) -> Measured:
-    """Loss and bits per byte of texts, each one document, cut into windows that do not overlap."""
+    """Loss and bits per byte of texts, each one document, cut into windows that do not overlap.
+
+    They are cleaned as those of the training, and the bytes are those of what is left.
+    """
     first = ensemble.first
-    texts = [_read_text(path) for path in files]
+    texts = [clean(_read_text(path), first.config.data.clean) for path in files]
     rows = [row for text in texts for row in _windows(first, text)]
     task = make_task(first.config)
 

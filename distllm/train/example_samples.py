@@ -50,8 +50,9 @@ def encode_file(opened: Source, source: SourceConfig, *, kind: str, folder: Path
     if source.kind == "text":
         lines = folder / "lines.jsonl"
         with lines.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": row.text}) + "\n" for row in rows_of(source, kind=kind))
-        source = SourceConfig(kind="jsonl", path=str(lines), task=source.task)
+            plain = source.model_copy(update={"prefix": ""})  # which is not cleaned
+            file.writelines(json.dumps({"text": row.text}) + "\n" for row in rows_of(plain, kind=kind))
+        source = SourceConfig(kind="jsonl", path=str(lines), task=source.task, prefix=source.prefix)
     return encode_source(
         source, opened.config, tokenizer_folder=opened.tokenizer_folder, labels=opened.labels, folder=folder / "examples",
         labelled=labelled,

@@ -11,6 +11,7 @@ from typing import Any
 
 from distllm.config.errors import CheckpointError, ConfigError, DataError
 from distllm.config.load import from_yaml, to_yaml, what_changed
+from distllm.config.places import make_folder
 from distllm.config.schema import Config
 
 CONFIG_FILE = "config.yaml"
@@ -72,7 +73,7 @@ def claim(config: Config) -> RunFolder:
             )
     elif not saved.exists() and path.exists() and any(path.iterdir()):
         raise ConfigError([f"name={config.name}: {path} is not empty and holds no run; use another name=... or out=..."])
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path, key="out", value=config.out, near="runs")
     temporary = path / f".{CONFIG_FILE}.tmp"
     temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(saved)

@@ -8,6 +8,7 @@ import torch
 
 from distllm.config.errors import ConfigError
 from distllm.data.chat import prompt_text
+from distllm.data.clean import clean
 from distllm.data.tokenizer import id_count
 from distllm.generate import Sampling, decode_stream, encode_prompts, sample_text, stream
 from distllm.train.ensemble import Ensemble
@@ -17,7 +18,7 @@ from distllm.train.tasks import WRITES
 def generate_source(
     ensemble: Ensemble, *, prompts: Sequence[str], sampling: Sampling, seed: int = 1
 ) -> Iterator[str]:
-    """Continue prompts; with a model of conversations (sft) each prompt is what the user says.
+    """Continue prompts, cleaned as the texts of the training; with a model of conversations (sft) each is what the user says.
 
     Args:
         ensemble: one causal language model or several.
@@ -35,6 +36,7 @@ def generate_source(
     if first.kind not in WRITES:
         what = "translates" if first.kind == "seq2seq" else f"is for {first.kind}"
         raise ConfigError([f"{first.name}: {what} and continues no text; use distllm predict, with --input FILE --output FILE"])
+    prompts = [clean(prompt, first.config.data.clean) for prompt in prompts]
     generator = torch.Generator(first.device).manual_seed(seed)
     if first.kind == "sft":
         prompts = [prompt_text([{"role": "user", "content": prompt}], first.tokenizer) for prompt in prompts]

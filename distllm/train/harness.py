@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distllm.config.errors import ConfigError, DataError
+from distllm.config.places import missing
 
 INSTALL = "pip install 'distllm[harness]'"
 _TASK = re.compile(r"^task:[ \t]*['\"]?([\w.-]+)", re.MULTILINE)
@@ -75,7 +76,7 @@ def figures_of(results: Mapping[str, Mapping[str, object]]) -> dict[str, float]:
 def _task_name(file: Path) -> str:
     """The name of the task that a task file describes."""
     if not file.is_file():
-        raise ConfigError([f"--harness={file}: no such file"])
+        raise ConfigError([missing("--harness", file)])
     name = _TASK.search(file.read_text(encoding="utf-8"))
     if name is None:
         raise ConfigError([f"--harness={file}: names no `task:`"])

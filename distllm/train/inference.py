@@ -29,7 +29,7 @@ from distllm.checkpoint.find import (
     read_weights,
     step_folder,
 )
-from distllm.checkpoint.hf import export
+from distllm.checkpoint.hf import export, read_cleaning
 from distllm.checkpoint.manifest import MANIFEST
 from distllm.config.errors import CheckpointError, ConfigError, DataError
 from distllm.config.schema import Config, DataConfig, ModelConfig, TaskConfig
@@ -170,7 +170,10 @@ def export_source(source: str, folder: Path, *, choice: Choice | None = None, tr
     """
     found, tensors, _ = _chosen(Path(source), choice or Choice())
     config, spec, _, _ = _described(found, trust=trust)
-    export(folder, tensors=merged(tensors(), spec, config.tune), spec=spec, tokenizer_folder=_tokenizer_folder(found))
+    export(
+        folder, tensors=merged(tensors(), spec, config.tune), spec=spec, tokenizer_folder=_tokenizer_folder(found),
+        clean=config.data.clean,
+    )  # fmt: skip
     return folder
 
 
@@ -329,7 +332,7 @@ def _open_folder(source: str, *, device: torch.device, scratch: Path, trust: boo
         tokenizer.save_pretrained(folder)
     config = Config(
         task=TaskConfig(kind=kind, labels=list(names)), model=ModelConfig(path=source),
-        data=DataConfig(seq_len=min(limit or 1024, 1024)),
+        data=DataConfig(seq_len=min(limit or 1024, 1024), clean=read_cleaning(weights_folder(source, trust=trust))),
     )  # fmt: skip
     labels = {"": names} if kind in ("classification", "regression") else {}
     start = getattr(model.config, "decoder_start_token_id", None) if kind == "seq2seq" else None

@@ -13,7 +13,7 @@ from distllm.data.loader import Step, step_batches
 from distllm.engine.base import Skipped, StepOut
 from distllm.track.node_use import NodeUse
 from distllm.track.noise import NoiseScale
-from distllm.track.progress import Progress
+from distllm.track.progress import Progress, clock_face
 from distllm.train.build import Position, Run, close, save
 from distllm.train.ending import sample_text, tell_end, tell_if_done, tell_nodes
 from distllm.train.signals import StopRequest
@@ -47,7 +47,7 @@ def train_steps(run: Run) -> int:
         DivergedError: `train.max_skips` steps in a row were not finite; the last good checkpoint stands.
     """
     t, every, engine, meter = run.config.train, run.config.checkpoint.every, run.engine, run.meter
-    at, step, clock, place = run.start, engine.updates, _Clock(run.start.seconds), run.world.place
+    at, step, clock, place = run.start, engine.updates, _Clock(run.start.seconds, engine.updates), run.world.place
     agreement, stopping, saved = Agreement(run.world, flags=3), False, False
     enough = 0 < t.patience <= at.best.bad
     noise_scale, node_use = NoiseScale(), NodeUse()
@@ -128,7 +128,8 @@ def _log_step(run: Run, step: int, at: Position, out: StepOut, clock: _Clock, no
     mfu = speed.get("mfu")
     line = f"step {step}/{run.config.train.steps}: {text}, gradient norm {norm:.3f}, lr {out.lr:.3g}"
     line += f", data wait {100 * wait:.2f} %" if wait is not None else ""
-    run.log.info(line + (f", MFU {100 * mfu:.1f} %" if mfu else ""))
+    line += f", MFU {100 * mfu:.1f} %" if mfu else ""
+    run.log.info(line + clock.left(step, of=run.config.train.steps))
     return text
 
 
@@ -154,8 +155,8 @@ def _tell_skips(run: Run, at: Position, skipped: tuple[Skipped, ...]) -> Positio
 class _Clock:
     """Seconds of this attempt and of the whole run, and whether a checkpoint by time is due."""
 
-    def __init__(self, before: float) -> None:
-        self._before = before
+    def __init__(self, before: float, step: int) -> None:
+        self._before, self._first = before, step
         self._began = self._saved = time.monotonic()
 
     def attempt(self) -> float:
@@ -163,6 +164,10 @@ class _Clock:
 
     def total(self) -> float:
         return self._before + self.attempt()
+
+    def left(self, step: int, *, of: int) -> str:
+        """The time to the last step, at this attempt's mean speed, for the end of a line of the log."""
+        return f", {clock_face(self.attempt() * (of - step) / (step - self._first))} left" if self._first < step < of else ""
 
     def saved(self) -> bool:
         self._saved = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,17 @@ def options_of(
         if not real:
             raise ConfigError(["--device=cuda: no CUDA device is available here; nearest: cpu"])
     return Options(numbers, given, tuple(dict.fromkeys(wanted)), steps, faults, device, real, timeout_s, names)
+
+
+def words_of(*, engines: str | None, precision: str, steps: int, device: str, timeout_s: float, trust: bool) -> str:
+    """The options that say how to verify, and not which layouts, as the user types them; what is usual is left out."""
+    usual = Options()
+    given = (
+        ("--engines", engines, None), ("--precision", precision, ",".join(usual.precisions)), ("--steps", steps, usual.steps),
+        ("--device", device, usual.device), ("--timeout", timeout_s, usual.timeout_s),
+    )  # fmt: skip
+    words = [word for option, value, normal in given if value != normal for word in (option, f"{value}")]
+    return shlex.join(words + ["--trust"] * trust)
 
 
 def gpus() -> int:

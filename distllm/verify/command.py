@@ -12,6 +12,7 @@ from typing import Any
 
 from distllm.config.check_pipeline import virtual_stages
 from distllm.config.errors import EXIT_OK, EXIT_UNEQUAL, ConfigError
+from distllm.config.places import make_folder
 from distllm.config.schema import Config, EngineConfig, LayoutConfig
 from distllm.models.build import meta_model, resolve_spec
 from distllm.train.build_deepspeed import require_deepspeed
@@ -198,7 +199,7 @@ def _formula(
     return formula, ""
 
 
-def verify(config: Config, options: Options, *, folder: Path, named: str) -> int:
+def verify(config: Config, options: Options, *, folder: Path, named: str, words: str) -> int:
     """Verify every layout, show the table, and write record and picture.
 
     Args:
@@ -206,6 +207,7 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
         options: what was asked for.
         folder: where files go.
         named: how the user named the config, for the last line.
+        words: of `words_of`, for the last line.
 
     Returns:
         EXIT_OK if every layout that is not refused is equal, every guard holds, and every planted fault was caught;
@@ -219,7 +221,7 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
         require_deepspeed()
         if options.device == "cpu":  # elsewhere it may start CUDA, which does not survive a fork
             deepspeed_trial.load_compiler()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, key="--out", value=str(folder), near="runs/verify")
     verification = Verification(config, open_data(config, folder), options)
     tasks = list(_tasks(verification))
     planted_ones = (*planted.FAULTS, *DEEPSPEED_FAULTS) if options.faults else ()
@@ -241,7 +243,8 @@ def verify(config: Config, options: Options, *, folder: Path, named: str) -> int
     if worst is not None:
         files.append(draw(folder, worst))
     what = f"{config.name}: {_what(verification)}, {options.steps} steps of your own data"
-    say(certificate(rows, guards=found, faults=caught, files=files, config=named, what=what, holds=holds))
+    say(certificate(rows, guards=found, faults=caught, files=files, config=named, what=what, holds=holds,
+                    options=words))
     return EXIT_OK if holds else EXIT_UNEQUAL
 
 

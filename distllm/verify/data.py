@@ -21,7 +21,7 @@ from distllm.data.documents import documents
 from distllm.data.loader import open_samples
 from distllm.data.prepare import Prepared, open_prepared, prepare
 from distllm.data.samples import Samples
-from distllm.data.source import open_source
+from distllm.data.source import check_source, open_source
 from distllm.data.tokenizer import check_roles, roles_of
 from distllm.models.spec import ModelSpec
 from distllm.train.folder import read_tokenizer
@@ -66,6 +66,7 @@ def _part(config: Config, folder: Path) -> Config:
     """The config with the first PART_CHARACTERS of each source, as tables in `folder`."""
     sources, folder = [], folder / "text"
     for number, source in enumerate(config.data.sources):
+        check_source(source, key=f"data.sources.{number}")
         if source.kind == "tokens":  # nothing to tokenise
             sources.append(source)
             continue

@@ -75,8 +75,20 @@ def certificate(
     files: Sequence[Path],
     config: str,
     holds: bool,
+    options: str = "",
 ) -> list[str]:
-    """The lines at the end: what is equal to how many digits, what is not, where the files are, what to type next."""
+    """The lines at the end: what is equal to how many digits, what is not, where the files are, what to type next.
+
+    Args:
+        rows: what was tried.
+        what: the small model, beside the user's.
+        guards: those that were tripped.
+        faults: those that were planted, with what caught them.
+        files: what was written.
+        config: the config and its overrides, as they were typed.
+        holds: whether nothing differs.
+        options: those of the command that say how to verify, and not which layouts, as they were typed.
+    """
     lines = ["", what]
     for kind in dict.fromkeys(row.kind for row in rows):
         lines += _of_kind([row for row in rows if row.kind == kind], kind)
@@ -95,19 +107,20 @@ def certificate(
         ))  # fmt: skip
         lines += [f"  NOT CAUGHT: {fault['name']}: {fault['what']}" for fault in faults if fault["caught"] is False]
     lines += [f"{'written':<8}{path}" for path in files]
-    return [*lines, f"{'next':<8}{_next(rows, holds=holds, config=config)}"]
+    return [*lines, f"{'next':<8}{_next(rows, holds=holds, config=config, options=options)}"]
 
 
-def _next(rows: Sequence[Row], *, holds: bool, config: str) -> str:
+def _next(rows: Sequence[Row], *, holds: bool, config: str, options: str) -> str:
     """The command to type: train what is proven, else look at the first layout that is not equal alone."""
     if holds:
         return f"distllm train {config}"
+    more = f" {options}" if options else ""
     wrong = next((row for row in rows if not row.holds), None)
     if wrong is None:
-        return f"distllm verify {config} --ranks 2"
+        return f"distllm verify {config} --ranks 2{more}"
     asked = ",".join(f"{key}={value}" for key, value in wrong.layout.values) or "dp_shard=1"
-    engine = "" if wrong.engine == NATIVE else f" --engines {wrong.engine.name}"
-    return f"distllm verify {config} --layouts {shlex.quote(asked)}{engine}"
+    engine = "" if wrong.engine == NATIVE or "--engines" in options else f" --engines {wrong.engine.name}"
+    return f"distllm verify {config} --layouts {shlex.quote(asked)}{engine}{more}"
 
 
 def _of_engine(equal: Sequence[Row]) -> Iterator[str]:

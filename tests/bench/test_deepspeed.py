@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,8 @@ from distllm.bench import measure as measuring
 from distllm.bench.rows import MEASURED, REFUSED
 from distllm.cli import run
 from tests.runs import tiny_config
-from tests.with_deepspeed import INSTALLED, imported
 
 pytestmark = pytest.mark.deepspeed
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed() -> Iterator[None]:
-    with imported():
-        yield
 
 
 def reduced(cell: dict[str, Any]) -> int:

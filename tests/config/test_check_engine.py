@@ -17,8 +17,8 @@ from distllm.config.load import load
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 DEEPSPEED = "engine.name=deepspeed"
 STATE_ALONE = "DeepSpeed's pipeline shards optimizer state alone, and layout.pp=2; nearest: 1, or engine.name=native"
-
-WHOLE = "needs engine.zero_stage=3, and it is 1, where parameters are whole; nearest: none, or engine.zero_stage=3"
+STAGE_3 = "needs engine.zero_stage=3, and it is 1"
+WHOLE = f"{STAGE_3}, where parameters are whole; nearest: none"
 
 
 def problems(*overrides: str) -> list[str]:
@@ -75,6 +75,8 @@ def test_what_it_cannot_do_is_refused_with_what_can(given: str, near: str) -> No
         ("layout.tp=2", None),
         ("engine.offload_optimizer=cpu", None),
         ("train.accumulation=1", None),
+        ("engine.offload_parameters=cpu", WHOLE),
+        ("engine.offload_optimizer=nvme engine.nvme_path=/disk", f"{STAGE_3}, where DeepSpeed takes nvme for cpu; nearest: cpu"),
         ("engine.zero_stage=2", STATE_ALONE),
         ("engine.zero_stage=3", STATE_ALONE),
         ("engine.offload_parameters=nvme engine.nvme_path=/disk", WHOLE),
@@ -85,7 +87,7 @@ def test_what_it_cannot_do_is_refused_with_what_can(given: str, near: str) -> No
 def test_its_pipeline_needs_stage_1_and_has_one_schedule(given: str, rule: str | None) -> None:
     usual = (DEEPSPEED, "device=cpu", "engine.zero_stage=1", "layout.pp=2", "train.accumulation=4", "train.global_batch=null")
     config = load(QUICKSTART, [*usual, *given.split()]).config
-    assert check(config, world_size=4) == ([] if rule is None else [f"{given.split()[0]}: {rule}"])
+    assert check(config, world_size=4) == ([] if rule is None else [f"{given.partition(' ')[0]}: {rule}"])
 
 
 @pytest.mark.parametrize("optimizer", ["none", "cpu", "nvme"])

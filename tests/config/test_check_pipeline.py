@@ -137,5 +137,5 @@ def test_a_schedule_that_cannot_be_run_is_refused(lines: tuple[str, ...], rule: 
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be read .*; nearest: layout.pp_schedule=1f1b"):
+    with pytest.raises(ConfigError, match=r"no such file; nearest: the folder .*, or layout.pp_schedule=1f1b$"):
         read_order(tmp_path / "none.csv", pp=2, microbatches=2)

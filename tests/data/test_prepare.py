@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from distllm.config.errors import DataError
 from distllm.config.schema import Config
 from distllm.data import prepare as prepare_module
+from distllm.data import prepare_text
 from distllm.data import source as source_module
 from distllm.data import tokenise as tokenise_module
 from distllm.data.prepare import open_prepared, prepare
@@ -221,7 +222,7 @@ def test_a_full_disk_leaves_nothing_that_is_taken_for_whole(tmp_path: Path, monk
         elif place == "the store":
             patch.setattr(shutil, "copyfileobj", full)
         elif place == "the index":
-            patch.setattr(prepare_module, "write_index", full)
+            patch.setattr(prepare_text, "write_index", full)
         else:
             patch.setattr(prepare_module, "_write_flushed", full)
         with pytest.raises(OSError, match="No space left"):
@@ -306,7 +307,7 @@ def test_an_error_in_a_worker_comes_back_as_it_is(tmp_path: Path, monkeypatch: p
     lines = (tmp_path / "lines.txt").read_bytes().splitlines(keepends=True)
     lines[200] = b"broken \xff\n"
     (tmp_path / "lines.txt").write_bytes(b"".join(lines))
-    monkeypatch.setattr(prepare_module, "_spread", lambda sources, seed: iter(["a sample"]))  # it would meet the line first
+    monkeypatch.setattr(prepare_text, "_spread", lambda sources, seed: iter(["a sample"]))  # it would meet the line first
     with pytest.raises(DataError, match=r"lines\.txt, line 201: not valid UTF-8"):
         prepare(config)
 
@@ -347,7 +348,8 @@ def test_a_damaged_megatron_corpus(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"corpus\.idx: .* truncated"):
         prepare(config_for(tmp_path / "store", sources=[source]))
     idx_path(tmp_path / "corpus").unlink()
-    with pytest.raises(DataError, match=r"corpus\.idx: no such file.*; ask us"):
+    named = r"^data\.sources\.0\.path=.*corpus: there is no corpus\.idx; .*; nearest: .*corpus\.bin; ask us$"
+    with pytest.raises(DataError, match=named):
         prepare(config_for(tmp_path / "store", sources=[{**source, "hint": "ask us"}]))
 
 
@@ -364,7 +366,7 @@ def test_no_document_at_all(tmp_path: Path) -> None:
 
 def test_the_slow_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     expected = store_bytes(lines_config(tmp_path, store="expected", tokenizer={"kind": "bpe", "vocab_size": 300}))
-    monkeypatch.setattr(prepare_module, "agrees_on", lambda encoder, folder, texts: False)
+    monkeypatch.setattr(prepare_text, "agrees_on", lambda encoder, folder, texts: False)
     made = store_bytes(lines_config(tmp_path, tokenizer={"kind": "bpe", "vocab_size": 300}))
     assert "several times slower than the fast way: tiktoken gives other ids" in caplog.text
     assert made["train-000.bin"] == expected["train-000.bin"]

@@ -1,20 +1,10 @@
-"""What the tests of DeepSpeed share: they import it, which changes torch, in a process of their own."""
+"""What the tests of DeepSpeed share here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tests import with_deepspeed
-
-
-@pytest.fixture(scope="module")
-def imported() -> Iterator[None]:
-    """DeepSpeed in the parent of all ranks: imported once."""
-    with with_deepspeed.imported():
-        yield
 
 
 @pytest.fixture(scope="module")

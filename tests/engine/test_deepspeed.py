@@ -22,12 +22,9 @@ from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, ze
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
 from tests.train.tasks import task_config
-from tests.with_deepspeed import INSTALLED
 
 STEPS = 6
-pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+pytestmark = pytest.mark.deepspeed
 
 
 @pytest.fixture(scope="module")

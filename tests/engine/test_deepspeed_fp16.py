@@ -17,13 +17,10 @@ from distllm.train.build import build
 from tests.engine.zero_runs import COMMON, go, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, run_tiny, state, tiny_config
-from tests.with_deepspeed import INSTALLED
 
 FP16 = "precision.compute=fp16"
 OFFLOAD = ("engine.offload_optimizer=cpu",)
-pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+pytestmark = pytest.mark.deepspeed
 
 
 def claim_fp16(has: bool) -> None:

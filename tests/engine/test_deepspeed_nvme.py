@@ -16,13 +16,10 @@ from tests.engine.files_in_python import use_python
 from tests.engine.zero_runs import COMMON, assert_equal_runs, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import metrics, tiny_config
-from tests.with_deepspeed import INSTALLED
 
 SIZES = "model.sizes={hidden_size: 128, intermediate_size: 512, num_hidden_layers: 3, num_attention_heads: 4}"
 """What DeepSpeed puts in files is at least a megabyte a rank."""
-pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+pytestmark = pytest.mark.deepspeed
 
 
 def run_in_small_groups(world: World, config: Config) -> int:

@@ -22,15 +22,12 @@ from tests.engine.files_in_python import use_python
 from tests.engine.zero_runs import COMMON, assert_equal_runs, uneven_run, zero
 from tests.ranks import on_ranks
 from tests.runs import losses, metrics, state, tiny_config
-from tests.with_deepspeed import INSTALLED
 
 SIZES = "model.sizes={hidden_size: 256, intermediate_size: 2048, num_hidden_layers: 2, num_attention_heads: 4}"
 """What has a megabyte on each rank lies in a file: the three parameters of each feed-forward layer, of 2 MiB in fp32."""
 CPU = ("engine.offload_optimizer=cpu", "engine.offload_parameters=cpu")
 AGAIN = "activation.mode=full"
-pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+pytestmark = pytest.mark.deepspeed
 
 
 def in_files(place: Path, optimizer: str = "cpu") -> tuple[str, ...]:

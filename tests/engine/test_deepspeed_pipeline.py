@@ -17,7 +17,6 @@ from tests.engine.zero_runs import COMMON, assert_equal_runs, go, uneven_run, ze
 from tests.ranks import on_ranks
 from tests.runs import TINY, losses, metrics, run_tiny, state, tiny_config
 from tests.train.tasks import task_config
-from tests.with_deepspeed import INSTALLED
 
 STEPS = 6
 PIPELINE = zero(1, "layout.pp=2")
@@ -28,9 +27,7 @@ THREE = (
     "train.steps=4",
 )  # fmt: skip
 """Untied, and 3 micro-batches a step: DeepSpeed's division by them is not exact."""
-pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+pytestmark = pytest.mark.deepspeed
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from distllm.train.build import build
 from tests.engine.zero_runs import COMMON, assert_equal_runs, go, zero
 from tests.ranks import on_ranks
 from tests.runs import state, tiny_config
-from tests.with_deepspeed import INSTALLED
 
 FAMILIES = {
     "gpt2": "model.sizes={n_embd: 32, n_layer: 2, n_head: 4, attn_pdrop: 0.0, embd_pdrop: 0.0, resid_pdrop: 0.0}",
@@ -25,9 +24,7 @@ FAMILIES = {
 }
 """GPT-2 packs queries, keys and values in one matrix; Qwen3 has norms of which each rank sees its own heads alone."""
 STEPS = 4
-pytestmark = [pytest.mark.deepspeed, pytest.mark.usefixtures("imported")]
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+pytestmark = pytest.mark.deepspeed
 
 
 def of(family: str) -> tuple[str, str]:

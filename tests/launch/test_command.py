@@ -10,14 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from distllm import cli
+from distllm.comm import World
 from distllm.launch import command
-from tests.runs import losses, tiny_config
+from tests.runs import losses, run_tiny, tiny_config
 
 ROOT = Path(__file__).parents[2]
 SAME = ("schedule.name=constant",)  # the learning rate of a step does not depend on how many there will be
@@ -125,18 +129,22 @@ def test_nothing_heavy_is_imported(here: Path) -> None:
         assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 0
 
 
-def launched(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+@contextmanager
+def launched(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`distllm launch` of a tiny run; whatever becomes of the test, nothing of it is left."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     line = [sys.executable, "-m", "distllm", "launch", "tiny.yaml", "layout.dp_replicate=2", "layout.dp_shard=1", *arguments]
-    return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
-
-
-def finish(process: subprocess.Popen[str], limit_s: float = 110.0) -> str:
-    try:
-        return process.communicate(timeout=limit_s)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        raise
+    with subprocess.Popen(
+        line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    ) as process:
+        try:
+            yield process
+        finally:
+            for end in (process.terminate, lambda: process.send_signal(signal.SIGINT), process.kill):  # save; end; be gone
+                if process.poll() is None:
+                    end()
+                    with suppress(subprocess.TimeoutExpired):
+                        process.communicate(timeout=5)
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -149,29 +157,26 @@ def left_behind(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of `distllm train` in one process."""
+    """The losses of one process, this one."""
     folder = tmp_path_factory.mktemp("alone")
-    tiny_config(folder)
-    command = [sys.executable, "-m", "distllm", "train", "tiny.yaml", "train.sample_every=0", *SAME]
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60, check=True)
+    assert run_tiny(World(0, 1, 0, 1, torch.device("cpu")), tiny_config(folder, "train.sample_every=0", *SAME)) == 0
     return losses(folder / "runs" / "tiny")
 
 
+@pytest.mark.timeout(900)  # several processes import torch, which takes a minute each where others use the cores
 @pytest.mark.parametrize("by", ["torchrun", "accelerate", "deepspeed"])
 def test_a_real_launcher_trains_the_same_tracks_one_run_and_stops_when_asked(
     tmp_path: Path, by: str, alone: dict[int, float]
 ) -> None:
     tiny_config(tmp_path)
-    process = launched(
-        tmp_path, "--with", by, "track.wandb=true", "train.steps=100000", "train.eval_every=0", "train.sample_every=0", "checkpoint.every=50", *SAME
-    )  # fmt: skip
+    long = ("train.steps=100000", "train.eval_every=0", "train.sample_every=0", f"checkpoint.every={len(alone)}")
     run = tmp_path / "runs" / "tiny"
-    deadline = time.monotonic() + 90
-    while not list((run / "checkpoints").glob("step-*")):
-        assert time.monotonic() < deadline and process.poll() is None, finish(process)
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said = finish(process)
+    with launched(tmp_path, "--with", by, "track.wandb=true", *long, *SAME) as process:
+        while not list((run / "checkpoints").glob("step-*")):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate()[0]
     assert process.returncode == 75, said
     assert "preflight: 2 ranks on 1 node" in said and "Traceback" not in said.partition("stopped after saving")[2]
     assert "distllm: stopped after saving; the same command continues" in said
@@ -183,11 +188,12 @@ def test_a_real_launcher_trains_the_same_tracks_one_run_and_stops_when_asked(
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.timeout(900)
 def test_the_first_failure_is_told_under_torchrun(tmp_path: Path) -> None:
     tiny_config(tmp_path)
     (tmp_path / "text.txt").unlink()
-    process = launched(tmp_path, "--with", "torchrun", "data.store=elsewhere")
-    said = finish(process)
+    with launched(tmp_path, "--with", "torchrun", "data.store=elsewhere") as process:
+        said = process.communicate()[0]
     assert process.returncode == 3, said
     last = said.strip().splitlines()[-1]
     assert re.match(r"distllm: rank \d on \S+ failed first, with exit code 3: .*text.txt: ", last), said

@@ -135,6 +135,28 @@ def test_when_one_node_fails_the_other_is_ended(place: Path) -> None:
     until(lambda: not psutil.pid_exists(pid))
 
 
+def test_nodes_that_are_slow_to_end_are_told_as_that_and_waited_for_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "body.py").write_text("sys.exit(3) if node == '0' else time.sleep(60)")
+    for host in ("n2", "n3"):
+        (place / host).write_text('sh -c "$*"; exec sleep 60\n')
+    monkeypatch.setattr(by_ssh, "END_S", 2.0)
+    waited: list[float] = []
+    end = by_ssh._end
+    monkeypatch.setattr(by_ssh, "_end", lambda node, deadline: (waited.append(deadline), end(node, deadline))[1])
+    before = set(psutil.Process().children(recursive=True))
+    assert run(place, "n1", "n2", "n3") == 3
+    told = [line for line in capfd.readouterr().err.splitlines() if "had not ended" in line]
+    assert told == [
+        f"distllm: {host}: had not ended 2 s after it was told to, so its connection was cut; what runs there ends by itself; "
+        f"nearest: ssh {host} true"
+        for host in ("n2", "n3")
+    ]
+    assert len(waited) == 3 and len(set(waited)) == 1
+    until(lambda: {p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE} <= before)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stop_reaches_every_node_and_the_launchers_death_too(place: Path, sent: signal.Signals) -> None:
     (place / "body.py").write_text("signal.signal(signal.SIGUSR1, stop)\nwhile True: time.sleep(0.02)")

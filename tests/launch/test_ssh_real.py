@@ -106,7 +106,8 @@ def test_a_cable_that_is_cut_ends_the_run_and_leaves_nothing(lan: Hosts, tmp_pat
         assert process.returncode == 7, told
         assert "distllm: rank 1 (host node2) stopped answering at step " in told
         assert told.splitlines()[-1] == (
-            "distllm: node2: does not answer any more; what ran there ends by itself; nearest: ssh node2 true"
+            "distllm: node2: had not ended 15 s after it was told to, so its connection was cut; what runs there ends by itself; "
+            "nearest: ssh node2 true"
         )
         assert left_on(lan, "launcher") == [] and left_on(lan, "node1") == []
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distllm.track.progress import Progress
+from distllm.track.progress import Progress, clock_face
 
 SCRIPT = """
 import sys
@@ -66,3 +66,8 @@ def test_nothing_is_drawn_when_it_is_not_wanted(capsys: pytest.CaptureFixture[st
         with Progress(3, terminal=terminal) as bar:
             bar.advance(1, "loss")
     assert capsys.readouterr() == ("", "")
+
+
+def test_times_are_shown_as_the_bar_shows_them() -> None:
+    shown = {0.4: "0:00", 59.7: "1:00", 750: "12:30", 3599.4: "59:59", 3600: "1:00:00", 11550: "3:12:30", 100000: "27:46:40"}
+    assert {seconds: clock_face(seconds) for seconds in shown} == shown

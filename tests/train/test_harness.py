@@ -94,8 +94,10 @@ def test_a_task_of_ones_own_through_the_command_line(tasks: Path, capsys: pytest
     expected = by_hand(folder, transformers.AutoModelForCausalLM)
     assert json.loads(figures.read_text())["colours.acc"] == expected and 0 < expected < 1
     assert "colours.acc" in capsys.readouterr().out
+    (Path(folder) / "distllm.json").write_text('{"clean": {"lowercase": true}}')
     assert cli.run(["eval", folder, "--harness", f"{tasks},nosuchtask", "--device", "cpu"]) == 2
-    assert "--harness=nosuchtask: lm_eval has no such task" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--harness=nosuchtask: lm_eval has no such task" in told and "--harness: its texts are not cleaned as those" in told
 
 
 def test_a_run_and_an_encoder_decoder(tasks: Path) -> None:

@@ -80,6 +80,34 @@ def test_run_and_export_write_the_same_text(trained: Path, exported: Path) -> No
     assert batch == alone
 
 
+def test_what_is_asked_is_cleaned_as_the_training_cleaned(
+    trained: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = ("train.sample_prompts=['AB <b>CD</b>', 'ab cd']", "train.sample_temperature=0.0")
+    config = tiny_config(tmp_path, "data.clean.lowercase=true", "data.clean.html=true", *sampled)
+    assert run_tiny(ONE, config) == 0
+    run, folder = tmp_path / "runs" / "tiny", tmp_path / "export"
+    assert cli.run(["export", str(run), str(folder)]) == 0
+    assert "cleaned  data.clean: lowercase=true, html=true; " in capsys.readouterr().out
+    assert json.loads((folder / "distllm.json").read_text())["clean"] == {"lowercase": True, "html": True}
+    assert "clean" not in json.loads((exported / "distllm.json").read_text())
+    greedy, texts = Sampling(8, temperature=0.0), [tmp_path / "upper.txt", tmp_path / "lower.txt"]
+    for text, change in zip(texts, (str.upper, str), strict=True):
+        text.write_text(change(words(100, seed=99)), encoding="utf-8")
+    for source in (run, run / "checkpoints" / "step-12", folder):
+        assert written(source, "AB <b>CD</b>", sampling=greedy) == written(source, "ab cd", sampling=greedy)
+        assert len(set(written(source, "AB <b>CD</b>", "ab cd", sampling=greedy))) == 1
+        assert measured(source, texts[0]) == measured(source, texts[1])
+    assert measured(trained, texts[0])["val_loss"] > measured(trained, texts[1])["val_loss"]  # it cleans nothing
+    samples = (run / "samples.txt").read_text(encoding="utf-8").split("--- ")[1:]
+    said = [sample.split("\n", 1)[1].removeprefix("AB <b>CD</b>").removeprefix("ab cd") for sample in samples]
+    assert said[0::2] == said[1::2] and said
+    marker = folder / "distllm.json"
+    marker.write_text(marker.read_text().replace('"lowercase"', '"lowercsae"'))
+    with pytest.raises(DataError, match=r"distllm\.json: damaged: `clean` must hold settings of data\.clean"):
+        open_source(str(folder))
+
+
 def test_plain_transformers_loads_the_export_with_equal_logits(trained: Path, exported: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

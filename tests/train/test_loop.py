@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -68,6 +69,16 @@ def test_it_learns_and_leaves_what_it_says(unbroken: Path) -> None:
     assert sorted(p.name for p in (unbroken / "checkpoints").iterdir() if p.name[0] != ".") == ["step-12", "step-8"]
     for name in ("config.yaml", "samples.txt", "summary.json", "logs/rank-0.log", "tokenizer/tokenizer.json"):
         assert (unbroken / name).stat().st_size > 0
+    logged = [line for line in (unbroken / "logs/rank-0.log").read_text().splitlines() if "gradient norm" in line]
+    assert [bool(re.search(r", \d+:\d\d left$", line)) for line in logged] == [True] * (len(logged) - 1) + [False]
+
+
+def test_what_is_left_is_told_at_the_speed_of_this_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop._Clock(5000.0, 20)
+    now[0] += 30.0
+    assert [clock.left(step, of=80) for step in (20, 30, 50, 80)] == ["", ", 2:30 left", ", 0:30 left", ""]
 
 
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "fsdp4", "hsdp4"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,10 @@ from distllm.train.loop import train
 from tests.ranks import on_ranks
 from tests.recorded import read, recording
 from tests.runs import losses, tiny_config
-from tests.with_deepspeed import INSTALLED, imported
 
 pytestmark = pytest.mark.deepspeed
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 STEPS, SAVED, TAKEN = 12, 4, 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed() -> Iterator[None]:
-    with imported():
-        yield
 
 
 def trained(world: World, config: Config, record: Path, *, kill_at: int | None) -> int:

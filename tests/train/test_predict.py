@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import transformers
 from distllm import cli
 from distllm.comm import World
 from distllm.config.errors import CheckpointError, ConfigError, DataError, StorageError
-from distllm.config.schema import CleanConfig, Config, DecodeConfig, TokenizerConfig
+from distllm.config.schema import CleanConfig, Config, DecodeConfig, SourceConfig, TokenizerConfig
 from distllm.data.tokenizer import make_tokenizer
 from distllm.models.quiet import quiet
 from distllm.train import translate
 from distllm.train.ensemble import Ensemble, open_ensemble
 from distllm.train.evaluate_source import On, measure
+from distllm.train.example_samples import encode_file
 from distllm.train.files import Columns
 from distllm.train.inference import Choice, export_source, loader_of, open_source
 from distllm.train.predict import Asked, predict
@@ -167,6 +169,31 @@ def test_back_translation_cleans_what_it_reads_as_the_translators_training_did(p
     lower = Ensemble((replace(member, config=member.config.model_copy(update={"data": data})),), (1.0,))
     monkeypatch.setattr(translate, "open_ensemble", lambda *a, **k: lower)
     assert make_translator(["lower"])(texts) == plain([text.lower() for text in texts])
+
+
+def test_an_export_reads_what_it_is_asked_cleaned_as_its_training_did(place: Path, tmp_path: Path) -> None:
+    upper, lower = lines(tmp_path / "upper.txt", [text.upper() for text in TEXTS]), lines(tmp_path / "lower.txt")
+    bart = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
+    for source in (classifier(place), bart):
+        answers = {}
+        for cleaned in ({}, {"clean": {"lowercase": True}}):
+            folder = tmp_path / f"{Path(source).name}-{len(cleaned)}"
+            shutil.copytree(source, folder)
+            (folder / "distllm.json").write_text(json.dumps({"format": "export", **cleaned}))
+            ensemble = open_ensemble([str(folder)])
+            for file in (upper, lower):
+                predict(ensemble, file=file, output=tmp_path / "out.txt")
+                answers[len(cleaned), file.stem] = (tmp_path / "out.txt").read_text(encoding="utf-8")
+        assert answers[0, "upper"] != answers[0, "lower"] == answers[1, "lower"] == answers[1, "upper"]
+
+
+def test_a_prefix_is_not_cleaned(place: Path, tmp_path: Path) -> None:
+    (member,) = open_ensemble([classifier(place)]).members
+    data = member.config.data.model_copy(update={"clean": CleanConfig(lowercase=True)})
+    lower = replace(member, config=member.config.model_copy(update={"data": data}))
+    source = SourceConfig(kind="text", path=str(lines(tmp_path / "in.txt", ["ONE Fine day"])), document="line", prefix="Ask: ")
+    store = encode_file(lower, source, kind="classification", folder=tmp_path, labelled=False)
+    assert member.tokenizer.decode(store.ids("text", 0), skip_special_tokens=True) == "Ask: one fine day"
 
 
 def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -> None:

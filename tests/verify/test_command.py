@@ -9,7 +9,9 @@ import pytest
 
 from distllm.cli import run
 from distllm.engine import local
+from distllm.verify.asked import words_of
 from distllm.verify.command import Verification
+from distllm.verify.engines import engines_of
 from distllm.verify.judge import Verdict
 from distllm.verify.layouts import layout_of
 from distllm.verify.rows import Row
@@ -69,7 +71,7 @@ def test_a_dead_model_trips_the_guards(tmp_path: Path, capsys: pytest.CaptureFix
         ("--ranks 2,x", "--ranks=2,x: must be numbers from 1 to 4,096 with commas; nearest: 1,2,4,8"),
         ("--precision fp8", "--precision=fp8: must be of fp64, fp32, bf16, with commas; nearest: fp64"),
         ("--device tpu", "--device=tpu: must be cpu or cuda; nearest: cpu"),
-        ("data.sources.0.path=nowhere.txt data.sources.0.hint=null --layouts dp_shard=2", "nowhere.txt: "),
+        ("data.sources.0.path=nowhere.txt data.sources.0.hint=null --layouts dp_shard=2", "data.sources.0.path=nowhere.txt: "),
         ("model.sizes.hidden=8 --layouts dp_shard=2", "model.sizes.hidden: llama has no such size; the nearest is "),
     ],
 )
@@ -139,3 +141,19 @@ def test_off_a_terminal_each_layout_is_a_line_and_the_certificate_ends_them(caps
     assert "agree to 15 digits" in text and "1 of 3 layouts refused by a rule" in text and "BROKEN: pp 2" in text
     assert "0 of 1 planted faults were caught" in text and "NOT CAUGHT: own norm" in text and "guard: dead" in text
     assert told[-1].endswith("distllm verify tiny.yaml --layouts pp=2")
+
+
+def test_the_command_to_type_next_keeps_how_it_was_asked() -> None:
+    def last(rows: list[Row], options: str) -> str:
+        told = certificate(rows, what="", guards=["none"], faults=[], files=[], config="t.yaml", holds=False, options=options)
+        return told[-1].removeprefix("next    distllm verify t.yaml ")
+
+    (deepspeed,) = [engine for engine in engines_of(["deepspeed"]) if engine.zero_stage == 2]
+    refused = [Row(layout_of({"cp": 2}), "fp32", deepspeed, refused=("layout.cp=2: no",))]
+    asked = words_of(engines="deepspeed", precision="fp32,bf16", steps=3, device="cpu", timeout_s=300.0, trust=True)
+    assert last(refused, asked) == "--ranks 2 --engines deepspeed --precision fp32,bf16 --trust"
+    wrong = [Row(layout_of({"dp_shard": 2}), "fp32", deepspeed, broken="rank 1 died")]
+    assert last(wrong, asked) == "--layouts dp_shard=2 --engines deepspeed --precision fp32,bf16 --trust"
+    usual = words_of(engines=None, precision="fp64", steps=3, device="cpu", timeout_s=300.0, trust=False)
+    assert usual == "" and last(refused, usual) == "--ranks 2"
+    assert last(wrong, usual) == "--layouts dp_shard=2 --engines deepspeed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,8 @@ from distllm.verify.planted_deepspeed import DEEPSPEED_FAULTS
 from distllm.verify.rows import Row
 from tests.runs import tiny_config
 from tests.verify.small import verification_of
-from tests.with_deepspeed import INSTALLED, imported
 
 pytestmark = pytest.mark.deepspeed
-if not INSTALLED:
-    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed() -> Iterator[None]:
-    with imported():
-        yield
 
 
 def row_of(verification: Verification, stage: int, *, ranks: int = 2, precision: str = "fp64") -> Row:
