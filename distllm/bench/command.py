@@ -86,6 +86,10 @@ class Bench:
             return told | {"status": row.status, "why": row.why}
         return told | {"status": MEASURED, "tokens": reports[0].tokens, "sides": against.summary(reports)}
 
+    def nodes(self) -> dict[str, int] | None:
+        """The ranks of each node of the job, on the rank that writes; None outside of a job."""
+        return self._job.nodes() if self._job is not None and self.is_main else None
+
     def leave(self) -> None:
         """Nothing more is to be run."""
         if self._job is not None:
@@ -137,7 +141,7 @@ def bench(
     finally:
         torch.set_num_threads(threads)
     config = load(file, overrides).config
-    record = record_of(config, rows, sides=sides, options=options, room=room, command=command)
+    record = record_of(config, rows, sides=sides, options=options, room=room, nodes=running.nodes(), command=command)
     worse = list(regressions(old, record)) if old is not None else []
     if running.is_main:
         folder.mkdir(parents=True, exist_ok=True)
