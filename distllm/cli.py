@@ -202,12 +202,14 @@ def bench(
         raise ConfigError([f"device={wanted}: no CUDA device is available here; nearest: cpu"])
     from distllm.bench.cells import Room
     from distllm.bench.command import bench as run_bench
+    from distllm.config.errors import EXIT_SLOWER
 
     folder = out or Path(loaded.config.out) / f"{loaded.config.name}-bench"
     command = shlex.join(["distllm", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else f"distllm bench {config}"
     room = Room(gpus, cores(), rank_facts() if world_size() is not None else None)
     code = run_bench(config, overrides or [], options, room=room, folder=folder, command=command)
-    report_end(code=code, lines=[])
+    slower = [f"--compare={compare}: something became slower, see the lines that begin with SLOWER"]
+    report_end(code=code, lines=slower if code == EXIT_SLOWER else [])
     return code
 
 

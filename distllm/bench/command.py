@@ -96,6 +96,10 @@ class Bench:
             return told | {"status": REFUSED, "why": error.problems[0]}
         return told | {"status": MEASURED, "tokens": turns[OURS][0][0].tokens, "sides": against.summary(turns)}
 
+    def nodes(self) -> dict[str, int] | None:
+        """The ranks of each node of the job, on the rank that writes; None outside of a job."""
+        return self._job.nodes() if self._job is not None and self.is_main else None
+
     def leave(self) -> None:
         """Nothing more is to be run."""
         if self._job is not None:
@@ -149,7 +153,7 @@ def bench(
     finally:
         torch.set_num_threads(threads)
     config = load(file, overrides).config
-    record = record_of(config, rows, sides=sides, options=options, room=room, command=command)
+    record = record_of(config, rows, sides=sides, options=options, room=room, nodes=running.nodes(), command=command)
     worse = list(regressions(old, record)) if old is not None else []
     if running.is_main:
         files = [write_json(folder, record), write_csv(folder, rows), *draw(folder, rows)]

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from distllm.comm import World, meeting_store
-from distllm.rank_facts import RankFacts
+from distllm.rank_facts import RankFacts, node_name
 from distllm.verify.ranks import GRACE_S, Broken, die_with, told
 
 T = TypeVar("T")
@@ -45,6 +46,13 @@ class Job:
         self._local_rank, self._local_size = facts.local_rank, facts.local_size
         self._cuda, self._cell = cuda, 0
         self._store: Any = dist.PrefixStore("distllm-bench", meeting_store(facts, timeout_s=timeout_s))
+        self._store.set(f"node-{self.rank}", node_name())
+
+    def nodes(self) -> dict[str, int]:
+        """How many ranks each node has, by its name, in the order of their first ranks."""
+        keys = [f"node-{rank}" for rank in range(self.size)]
+        self._store.wait(keys, timedelta(minutes=5))
+        return dict(Counter(self._store.get(key).decode() for key in keys))
 
     def meet(self) -> None:
         """Wait until every rank of the job is here."""

@@ -22,8 +22,9 @@ RECORD, TABLE = "bench.json", "bench.csv"
 
 
 def record_of(
-    config: Config, rows: Sequence[Row], *, sides: Sequence[Mapping[str, Any]], options: Options, room: Room, command: str
-) -> dict[str, Any]:
+    config: Config, rows: Sequence[Row], *, sides: Sequence[Mapping[str, Any]], options: Options, room: Room,
+    nodes: Mapping[str, int] | None, command: str,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that was measured, and where.
 
     Args:
@@ -32,6 +33,7 @@ def record_of(
         sides: what `against.summary` gave for each number of ranks.
         options: what was asked for.
         room: what it ran on.
+        nodes: of a job, the ranks of each node by its name.
         command: what was typed.
     """
     import numpy
@@ -50,6 +52,7 @@ def record_of(
         },
         "hardware": {
             "machine": platform.machine(), "cores": room.cores, "gpus": room.gpus, "device": device, "job_ranks": room.ranks,
+            "job_nodes": nodes,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "load": list(os.getloadavg()),
         },

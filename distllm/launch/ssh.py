@@ -30,6 +30,8 @@ from distllm.launch.words import told
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 """A question (a password, an unknown host) is an error at once; a dead connection is noticed within a minute."""
+BROKEN = 255
+"""What ssh ends with when its connection breaks, or when a signal ends what it started."""
 ANSWER_S = 20.0
 END_S = 15.0
 """A node gives what it started 10 s between SIGTERM and SIGKILL (family.py), and then ends."""
@@ -74,7 +76,7 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
         ssh: the command that reaches a host.
 
     Returns:
-        The exit code of the rank that failed first, 75 after a stop on request, else 0.
+        The exit code of the rank that failed first, 7 where a node was lost, 75 after a stop on request, else 0.
 
     Raises:
         LaunchError: a node does not answer, has other versions, does not see the shared folder, or the port is in use;
@@ -100,7 +102,11 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
             cut = [node.host for node in nodes if not _end(node, deadline)]
     if request.stop.is_set() and not job.resumes:
         return EXIT_INTERRUPTED
-    code, lines = outcome(read_reports(shared), code=code, size=job.size)
+    reports = read_reports(shared)
+    lost = [_gone(job, node) for node in nodes if node.process.returncode == BROKEN]
+    code, lines = outcome(reports, code=EXIT_LOST if lost else code, size=job.size)
+    if lost:  # ranks without a word are those of the lost nodes, and those that were ended because of them
+        lines = lost if code == EXIT_LOST else [*lines, *lost]
     lines += [
         f"{host}: had not ended {END_S:.0f} s after it was told to, so its connection was cut; what runs there ends by itself; "
         f"nearest: ssh {host} true"
@@ -186,7 +192,7 @@ def _answer(node: _Node, deadline: float) -> dict[str, Any]:
         ) from None
     if line is None:
         code = node.process.wait()
-        why = "ssh cannot reach it" if code == 255 else f"distllm does not start there (exit code {code})"
+        why = "ssh cannot reach it" if code == BROKEN else f"distllm does not start there (exit code {code})"
         raise LaunchError(f"{node.host}: {why}, see its own line above; nearest: ssh {node.host} true")
     try:
         answer = json.loads(line)
@@ -227,6 +233,14 @@ def _wait(nodes: Sequence[_Node], request: Request) -> int:
     return next((code for code in codes if code not in (None, EXIT_OK, EXIT_STOPPED)), None) or max(
         c or 0 for c in codes
     )
+
+
+def _gone(job: Job, node: _Node) -> str:
+    """What is said of a node whose connection ended before its processes said how they ended."""
+    first, last = node.number * job.ranks, (node.number + 1) * job.ranks - 1
+    ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+    why = "the connection broke, or distllm was killed there; what still runs there ends by itself"
+    return f"{node.host} ({ranks}): {why}; nearest: ssh {node.host} true"
 
 
 def _end(node: _Node, deadline: float) -> bool:

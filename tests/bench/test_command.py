@@ -19,6 +19,8 @@ from distllm.bench.table import growing
 from distllm.cli import run
 from distllm.config.schema import Config
 from distllm.engine.native import NativeEngine
+from distllm.launch.reports import read_reports
+from distllm.rank_facts import node_name
 from distllm.verify.ranks import Broken
 from tests.runs import tiny_config
 
@@ -61,6 +63,7 @@ def test_two_cells_are_measured_and_a_third_is_refused(tmp_path: Path, capsys: p
     assert two["scaling"]["kind"] == "strong" and two["scaling"]["base"] == 0 and two["figures"]["devices"] == 2
     record = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert len(record["config_digest"]) == 64 and record["versions"]["torch"] and record["hardware"]["cores"]
+    assert record["hardware"]["job_nodes"] is None  # no job
     lines = list(csv.DictReader((tmp_path / "out" / "bench.csv").read_text().splitlines()))
     assert [line["status"] for line in lines] == [MEASURED, MEASURED, REFUSED] and float(lines[1]["efficiency"]) > 0
     for name in ("scaling.png", "memory.png"):
@@ -113,7 +116,9 @@ def test_how_a_cell_failed_is_told() -> None:
     assert failed(cell, Broken("KeyError: 'x'")) == Row(cell, BROKEN, "KeyError: 'x'")
 
 
-def test_random_tokens_need_no_data_and_compare_ends_with_eleven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_tokens_need_no_data_and_compare_ends_with_eleven(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_config(tmp_path, prepared=False)
     words = ("--grid", "ranks=1", "--data", "synthetic")
     assert bench(tmp_path, *words) == 0 and not (tmp_path / "store").exists()
@@ -127,7 +132,11 @@ def test_random_tokens_need_no_data_and_compare_ends_with_eleven(tmp_path: Path,
     record["cells"][0]["figures"]["memory"] = -(1 << 40)
     record["versions"]["torch"] = "0.1"
     old.write_text(json.dumps(record))
+    monkeypatch.setenv("DISTLLM_LAUNCH", str(tmp_path / "launch"))
     assert bench(tmp_path, *words, "--compare", str(old)) == 11
+    (report,) = read_reports(tmp_path / "launch")  # what `distllm launch` tells at the end
+    assert report.code == 11
+    assert report.lines == (f"--compare={old}: something became slower, see the lines that begin with SLOWER",)
     printed = capsys.readouterr().out
     assert "SLOWER   ranks=1: takes " in printed and f"torch was 0.1, and is {torch.__version__}" in printed
 
@@ -164,4 +173,5 @@ def test_inside_a_job_its_ranks_run_the_cells_and_outlive_them(tmp_path: Path, c
     assert [cell["status"] for cell in found.values()] == [MEASURED, MEASURED, REFUSED, REFUSED], printed
     assert found["ranks=4"]["why"] == "ranks=4: this job has 2 ranks; nearest: 2"
     assert printed.out.count("ranks=1 ") == 1  # the first rank alone speaks
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())["hardware"]["job_ranks"] == 2
+    hardware = json.loads((tmp_path / "out" / "bench.json").read_text())["hardware"]
+    assert hardware["job_ranks"] == 2 and hardware["job_nodes"] == {node_name(): 2}

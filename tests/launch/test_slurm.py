@@ -198,7 +198,8 @@ def test_a_bench_runs_its_cells_in_the_job(slurm: Cluster, tmp_path: Path) -> No
     assert slurm.state(job) == "COMPLETED", said
     record = json.loads((tmp_path / "runs" / "tiny-bench" / "bench.json").read_text())
     assert [cell["status"] for cell in record["cells"]] == ["measured", "measured", "refused"], said
-    assert record["hardware"]["job_ranks"] == 2 and record["cells"][1]["figures"]["sent"] > 0
+    assert record["hardware"]["job_ranks"] == 2 and record["hardware"]["job_nodes"] == {"node1": 1, "node2": 1}
+    assert record["cells"][1]["figures"]["sent"] > 0
     assert record["cells"][2]["why"] == "ranks=4: this job has 2 ranks; nearest: 2"
     reports = [json.loads(path.read_text()) for path in sorted((tmp_path / "runs/.launch/tiny-bench" / job).glob("rank-*.json"))]
     assert [(r["rank"], r["node"], r["code"]) for r in reports] == [(0, "node1", 0), (1, "node2", 0)]

@@ -157,6 +157,27 @@ def test_nodes_that_are_slow_to_end_are_told_as_that_and_waited_for_once(
     until(lambda: {p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE} <= before)
 
 
+LOST = "the connection broke, or distllm was killed there; what still runs there ends by itself; nearest: ssh n2 true"
+
+
+def test_a_node_that_is_lost_is_told_by_its_name_and_ranks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "body.py").write_text("time.sleep(60) if node == '0' else os.kill(os.getppid(), signal.SIGKILL)")
+    (place / "n2").write_text('sh -c "$*"; exit 255\n')  # as ssh does when a signal ends what it started
+    assert run(place, "n1", "n2") == 7
+    assert capsys.readouterr().err.splitlines()[-1] == f"distllm: n2 (ranks 2 to 3): {LOST}"
+
+
+def test_what_a_rank_said_before_its_node_was_lost_stands_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = {"rank": 2, "node": "n2", "code": 8, "lines": ["out of memory"], "at": 1.0}
+    write = f"Path(os.environ['DISTLLM_LAUNCH'], 'rank-2.json').write_text({json.dumps(report)!r})"
+    (place / "body.py").write_text(f"time.sleep(60) if node == '0' else ({write}, os.kill(os.getppid(), signal.SIGKILL))")
+    (place / "n2").write_text('sh -c "$*"; exit 255\n')
+    assert run(place, "n1", "n2") == 8
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert first == "distllm: rank 2 on n2 failed first, with exit code 8: out of memory"
+    assert second == f"distllm: n2 (ranks 2 to 3): {LOST}"
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stop_reaches_every_node_and_the_launchers_death_too(place: Path, sent: signal.Signals) -> None:
     (place / "body.py").write_text("signal.signal(signal.SIGUSR1, stop)\nwhile True: time.sleep(0.02)")

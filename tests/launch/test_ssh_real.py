@@ -1,8 +1,10 @@
-"""Two hosts with addresses and an sshd of their own: a run over a real network, a node that does not answer, a cut cable."""
+"""Two hosts with addresses and an sshd of their own: runs and a bench over a real network, a silent node, a cut cable."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from tests.runs import losses, tiny_config
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parents[2]
+BENCH = ("--with", "torchrun", "--command", "bench", "--", "--grid", "ranks=2", "--warmup", "1")
 TWO = ("device=cpu", "layout.dp_replicate=2", "layout.dp_shard=1", "train.sample_every=0")
 
 
@@ -36,7 +39,7 @@ def launched(lan: Hosts, folder: Path, *arguments: str) -> subprocess.Popen[str]
     """`distllm launch --on ssh` from the third host."""
     environment = os.environ | {"PATH": f"{lan.folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     where = ("--on", "ssh", "--hosts", "node1,node2", "--gpus", "1")
-    line = lan.on("launcher", sys.executable, "-m", "distllm", "launch", "tiny.yaml", *TWO, *arguments, *where, folder=folder)
+    line = lan.on("launcher", sys.executable, "-m", "distllm", "launch", "tiny.yaml", *where, *TWO, *arguments, folder=folder)
     return subprocess.Popen(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
@@ -113,3 +116,54 @@ def test_a_cable_that_is_cut_ends_the_run_and_leaves_nothing(lan: Hosts, tmp_pat
     finally:
         lan.cable("node2", up=True)
     assert nothing_left(lan)
+
+
+def test_a_bench_over_two_hosts_leaves_one_record_that_names_both(lan: Hosts, tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    said, told = ended(process := launched(lan, tmp_path, *BENCH, "--steps", "2"), 200.0)
+    assert process.returncode == 0, said + told
+    out = tmp_path / "runs" / "tiny-bench"
+    record = json.loads((out / "bench.json").read_text())
+    (cell,) = record["cells"]
+    assert cell["status"] == "measured" and cell["ranks"] == 2 and cell["layout"] == {"dp_replicate": 2}, said + told
+    assert len(cell["figures"]["step_s"]) == 2 and cell["figures"]["sent"] > 0
+    assert record["hardware"]["job_ranks"] == 2 and record["hardware"]["job_nodes"] == {"node1": 1, "node2": 1}
+    assert record["command"].startswith("distllm bench tiny.yaml ") and record["command"].endswith(" --steps 2")
+    assert {path.name for path in out.iterdir()} == {"bench.json", "bench.csv", "memory.png"}
+    assert said.count("ranks=2 ") == 1 and "node2: ranks=2" not in said  # the first rank alone speaks
+    reports = [json.loads((tmp_path / "runs/.launch/tiny-bench/ssh" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [(r["node"], r["code"]) for r in reports] == [("node1", 0), ("node2", 0)]
+    assert nothing_left(lan, 1.0)
+
+
+def test_a_bench_that_fails_tells_why_first_and_keeps_its_code(lan: Hosts, tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    (tmp_path / "old.json").write_text("{}")
+    said, told = ended(process := launched(lan, tmp_path, *BENCH, "--compare", "old.json"), 200.0)
+    why = "--compare=old.json: is no record of distllm bench (KeyError)"
+    assert process.returncode == 3 and said == "", told
+    ours = [line for line in told.splitlines() if line.startswith("distllm: ")]
+    assert len(ours) == 2 and ours[0] == f"distllm: {why}"
+    assert re.fullmatch(rf"distllm: rank [01] on node[12] failed first, with exit code 3: {re.escape(why)}", ours[1])
+    assert told.index(ours[0]) < told.index("Traceback") < told.index(ours[1])  # torchrun's own lines stand between
+    assert nothing_left(lan, 1.0) and not (tmp_path / "runs" / "tiny-bench").exists()
+
+
+def test_a_node_that_dies_in_a_bench_is_named_and_nothing_is_left(lan: Hosts, tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    process = launched(lan, tmp_path, *BENCH, "--steps", "1000000")
+    deadline = time.monotonic() + 200
+    while sum(" -m distllm bench " in line and "torch.distributed.run" not in line for line in left_on(lan, "node2")) < 2:
+        assert time.monotonic() < deadline and process.poll() is None, ended(process)  # the rank, and the process of its cell
+        time.sleep(0.1)
+    for pid, line in lan.processes("node2").items():
+        if "distllm" in line and "/sshd" not in line:
+            os.kill(pid, signal.SIGKILL)
+    said, told = ended(process)
+    assert process.returncode == 7 and said == "", told
+    (ours,) = [line for line in told.splitlines() if line.startswith("distllm: ")]
+    assert ours == (
+        "distllm: node2 (rank 1): the connection broke, or distllm was killed there; what still runs there ends by itself; "
+        "nearest: ssh node2 true"
+    )
+    assert nothing_left(lan) and not (tmp_path / "runs" / "tiny-bench").exists()
