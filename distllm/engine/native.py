@@ -118,7 +118,7 @@ class NativeEngine:
         scale = self._pass_scale = self._scale.value / self._loss_unit if self._scale else 1.0
         total, small = self._forward_backward(microbatches, scale=scale, noise=noise)
         comm.sum_over(total, self.parallel.mesh.loss_group)
-        loss, count = total[0] / total[1], total[1]
+        loss, count = (total[0] / total[1]).to(self._sums), total[1].to(self._sums)
         self.parameters.refresh()
         if self.unused is None:
             self.unused = self._find_unused()
@@ -140,13 +140,13 @@ class NativeEngine:
     def _forward_backward(
         self, microbatches: Sequence[Batch], *, scale: float, noise: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Leave the summed gradients of this rank's micro-batches; gives [loss sum, count], and what `noise` measured."""
+        """Leave the summed gradients of this rank's micro-batches; gives [loss sum, count] in fp64, and what `noise` measured."""
         batches = (self._own_part(batch.to(self.device)) for batch in microbatches)
         if self.parallel.pipeline is not None:
             total = self.parallel.pipeline.train(list(batches), self._objective, scale=scale)
-            return total.to(self._sums), None
+            return total, None
         model = self.parallel.forward
-        total = torch.zeros(2, dtype=self._sums, device=self.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # where any count is exact
         small: torch.Tensor | None = None
         for index, batch in enumerate(batches):
             measure = noise and index == 0 and len(microbatches) > 1

@@ -13,6 +13,7 @@ from torch import nn
 from distllm.comm import World
 from distllm.config.errors import ConfigError
 from distllm.config.schema import ActivationConfig, OptimConfig, PrecisionConfig
+from distllm.engine.base import LossTerms
 from distllm.engine.local import LocalParameters
 from distllm.train.objectives import causal_lm
 from distllm.train.optim import make_optimizer
@@ -65,6 +66,27 @@ def test_any_split_of_the_same_tokens_is_the_same_run(ranks: int, settings: Sett
         np.testing.assert_allclose(result["losses"], reference["losses"], rtol=0, atol=2e-6)
     result = on_ranks(lambda world: run_toy(world, settings), ranks, tmp_path)[0]
     assert_same(result, reference, weights=2e-6)
+
+
+def run_counted(world: World) -> float:
+    """A step whose first sample counts 2**24 targets and each other one, as a sum in fp32 would no longer see; its loss."""
+    engine = toy_engine(world, Settings(optim=SGD, shard=world.size))
+
+    def objective(outputs: Any, batch: Any) -> LossTerms:
+        first = 0 in batch.sample_ids
+        count = torch.tensor(2**24 if first else len(batch.sample_ids))
+        return LossTerms(0.0 * causal_lm(outputs, batch).sum + (2**24 + 6 if first else 0), count)
+
+    engine._objective = objective
+    batches = step_of(0, size=8, accumulation=8 // world.size, dp_rank=world.rank, dp_size=world.size)
+    return float(engine.train_step(batches, samples=range(8)).loss)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_targets_are_counted_beyond_what_fp32_counts(ranks: int, tmp_path: Path) -> None:
+    exact = np.float32((2**24 + 6) / (2**24 + 7))
+    assert exact != np.float32((2**24 + 6) / 2**24)
+    assert on_ranks(run_counted, ranks, tmp_path) == [exact] * ranks
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "rmsprop", "lion"])
