@@ -57,9 +57,9 @@ def test_two_cells_are_measured_and_a_third_is_refused(tmp_path: Path, capsys: p
         assert set(figures["mfu"]) == {"palm", "nanogpt", "torchtitan", "narayanan"} and figures["hfu"] == figures["mfu"]["palm"]
         assert figures["peak_name"] == "matrix products of the same run" and figures["peak"] == figures["matrix_rate"] > 0
     assert one["figures"]["sent"] == 0 and one["scaling"] is None
-    # DDP sums every gradient once, and a ring of two sends each byte once; the other 8 are the loss and its count.
+    # DDP sums every gradient once, and a ring of two sends each byte once; the other 16 are the loss and its count.
     gradients = 4 * (257 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)
-    assert two["figures"]["sent"] == gradients + 8
+    assert two["figures"]["sent"] == gradients + 16
     assert two["scaling"]["kind"] == "strong" and two["scaling"]["base"] == 0 and two["figures"]["devices"] == 2
     record = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert len(record["config_digest"]) == 64 and record["versions"]["torch"] and record["hardware"]["cores"]
