@@ -39,6 +39,8 @@ class Place:
         """Grows with every phase that it comes to."""
         self.folder: Path | None = None
         """The run folder."""
+        self.telling = False
+        """Whether it is about to tell how another rank ended, which no other will tell then."""
         self._been: set[str] = set()
 
     def enter(self, phase: str) -> None:

@@ -16,11 +16,11 @@ def hold_sigterm(place: Place) -> None:
     """Let SIGTERM end this process at once before and after training, as ever, and not at all in between.
 
     While it trains, `StopRequest` catches it. When an error has ended that, a launcher may already send SIGTERM because
-    another rank has died, and this rank has yet to tell why.
+    another rank has died, and this rank has yet to tell why. So it waits too for a rank that is just telling that.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        if place.phase in ("start", "end"):
+        if place.phase in ("start", "end") and not place.telling:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
 

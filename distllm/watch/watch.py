@@ -192,7 +192,9 @@ class Watch:
     def _claim(self, line: str, verdict: Verdict) -> bool:
         """Whether this rank is the one that tells; then the line is in its log."""
         assert self._slots is not None
+        self._world.place.telling = True  # before the mark: with it, and without the line, nobody would tell
         if not self._slots.mark_told():
+            self._world.place.telling = False
             return False
         _in_time(lambda: self._log(line), None)
         verdict.culprit.beat.process.go_on()  # one that was stopped sees the mark, and ends too
