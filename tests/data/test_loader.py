@@ -34,7 +34,7 @@ def unique_tokens(folder: Path, *, documents: int = 60, first: int = 300, name: 
 
 def samples_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> PackedText:
     """Samples of a token source; its ids need no tokenizer of that size."""
-    monkeypatch.setattr("distllm.data.prepare.largest_id", lambda store: 0)
+    monkeypatch.setattr("distllm.data.prepare_text.largest_id", lambda store: 0)
     return PackedText(prepare(config), config)
 
 
