@@ -200,6 +200,7 @@ def bench(
     gpus = 0 if wanted == "cpu" else _unused_gpus()
     if wanted == "cuda" and not gpus:
         raise ConfigError([f"device={wanted}: no CUDA device is available here; nearest: cpu"])
+    show_log()
     from distllm.bench.cells import Room
     from distllm.bench.command import bench as run_bench
     from distllm.config.errors import EXIT_SLOWER

@@ -101,12 +101,29 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         part, most, log_sum, column, own, counts = ctx.saved_tensors
         grad = (at_least_fp32(part) - most[:, None]).sub_(log_sum[:, None]).exp_()  # [N, v]: this rank's columns of softmax
-        if ctx.smoothing:
-            grad -= ctx.smoothing / ctx.vocabulary
-        if grad.shape[1]:
-            grad.scatter_add_(1, column, own.to(grad.dtype)[:, None] * (ctx.smoothing - 1.0))
-        grad *= torch.where(counts, grads[0], 0)[:, None]
+        weights = torch.where(counts, grads[0], 0)
+        less_targets_(grad, column, own=own, weights=weights, smoothing=ctx.smoothing, vocabulary=ctx.vocabulary)
         return grad.to(part.dtype), None, None, None, None
+
+
+def less_targets_(
+    p: torch.Tensor, column: torch.Tensor, *, own: torch.Tensor, weights: torch.Tensor, smoothing: float, vocabulary: int
+) -> None:
+    """Turn probabilities into the gradient of cross entropy, in place: softmax - target, times a weight for each place.
+
+    Args:
+        p: [N, v], some columns of softmax.
+        column: int64 [N, 1], where the label stands in `p`, any column where it does not.
+        own: bool [N], whether it stands there.
+        weights: [N], the gradients of the losses, 0 for places that do not count.
+        smoothing: the share of the target's probability spread over all of V.
+        vocabulary: V.
+    """
+    if smoothing:
+        p -= smoothing / vocabulary
+    if p.shape[1]:
+        p.scatter_add_(1, column, own.to(p.dtype)[:, None] * (smoothing - 1.0))
+    p *= weights[:, None]
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distllm.parallel.loss import at_least_fp32
+from distllm.parallel.loss import at_least_fp32, less_targets_
 
 
 def summed_cross_entropy(
@@ -61,8 +61,6 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad, column, counts = ctx.saved_tensors
-        if ctx.smoothing:
-            grad -= ctx.smoothing / grad.shape[1]
-        grad.scatter_add_(1, column, grad.new_full((1, 1), ctx.smoothing - 1.0).expand(len(grad), 1))
-        grad *= (counts * grads[0])[:, None]
+        weights = torch.where(counts, grads[0], 0)
+        less_targets_(grad, column, own=counts, weights=weights, smoothing=ctx.smoothing, vocabulary=grad.shape[1])
         return grad.to(ctx.dtype), None, None, None
