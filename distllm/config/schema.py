@@ -296,7 +296,7 @@ class TrainConfig(Section):
     sample_temperature: Annotated[float, Field(ge=0.0)] = 0.8
     """0 is greedy."""
     threads: NonNegative = 0
-    """CPU threads of one rank; 0 shares the cores among the local ranks."""
+    """CPU threads of one rank; 0 shares the cores among the local ranks; a process alone has OMP_NUM_THREADS where that is set."""
     compile: bool = False
     """Compile each block with torch.compile."""
     deterministic: bool = False

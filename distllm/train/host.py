@@ -25,13 +25,25 @@ def tune_host(config: Config, world: World, *, allocator: bool = True) -> None:
         world: local ranks share the cores.
         allocator: whether to set that of memory too.
     """
-    torch.set_num_threads(config.train.threads or max(1, cores() // world.local_size))
+    torch.set_num_threads(config.train.threads or _threads(world.local_size))
     if allocator and world.device.type == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _threads(local_size: int) -> int:
+    """A rank's share of the cores, or what OMP_NUM_THREADS says to a process that is alone on its machine.
+
+    Two runs side by side with more threads than cores wait for each other, at a thirtieth of the speed, so the user's word
+    counts. To ranks of many it does not: torchrun says 1 unasked.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if local_size == 1 and told.isdecimal() and int(told) > 0:
+        return int(told)
+    return max(1, cores() // local_size)
 
 
 def keep_memory() -> None:
