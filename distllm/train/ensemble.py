@@ -29,8 +29,14 @@ class Ensemble:
 
     @property
     def first(self) -> Source:
-        """The source whose config and tokenizer stand for all; it asks for token types where any member takes them."""
-        return replace(self.members[0], token_types=any(member.token_types for member in self.members))
+        """The source whose config and tokenizer stand for all.
+
+        It asks for token types where any member takes them, and for no more tokens at once than all take.
+        """
+        config, limit = self.members[0].config, self.max_len
+        if limit is not None and limit < config.data.seq_len:
+            config = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": limit})})
+        return replace(self.members[0], config=config, token_types=any(member.token_types for member in self.members))
 
     @property
     def name(self) -> str:

@@ -42,7 +42,7 @@ def source_of(opened: Source, file: Path, *, columns: Columns, task: str = "", t
         target: for a plain text, the file of the targets.
 
     Raises:
-        ConfigError: a multi_task model and no such task.
+        ConfigError: a multi_task model and no such task, or a task and another model.
         DataError: the file is not there, or is empty.
     """
     for path in [file] if target is None else [file, target]:
@@ -53,6 +53,8 @@ def source_of(opened: Source, file: Path, *, columns: Columns, task: str = "", t
     tasks = opened.config.task.tasks
     if opened.kind == "multi_task" and task not in tasks:
         raise ConfigError([f"--task={task}: must be one of {', '.join(tasks)}; nearest: {next(iter(tasks))}"])
+    if opened.kind != "multi_task" and task:
+        raise ConfigError([f"--task={task}: is for multi_task, and {opened.name} is for {opened.kind}; leave it out"])
     known = [s for s in opened.config.data.sources if opened.run is not None and (s.task or "") == task]
     trained = known[0] if known else SourceConfig()
     kind = "parallel" if target is not None else TABLES.get(file.suffix.lower(), "text")

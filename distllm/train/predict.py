@@ -202,8 +202,9 @@ def _filled(ensemble: Ensemble, rows: Sequence[Row], asked: Asked) -> Iterator[d
         width = max(len(ids[i]) for i in part)
         matrix = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in part])
         seen = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in part])
-        logits = ensemble.outputs(Batch({"input_ids": matrix, "attention_mask": seen}, {}, tuple(part))).logits.cpu()
-        logits = logits[..., : id_count(first.tokenizer)].clone()
+        own = {f"rows_{name}": torch.arange(len(part) if name == asked.task else 0) for name in first.config.task.tasks}
+        answer = ensemble.outputs(Batch({"input_ids": matrix, "attention_mask": seen, **own}, {}, tuple(part))).logits
+        logits = (answer[asked.task] if own else answer).cpu()[..., : id_count(first.tokenizer)].clone()
         logits[..., [i for i in (roles.mask, roles.pad, roles.begin) if i is not None]] = -torch.inf
         best = torch.where(matrix == roles.mask, logits.argmax(-1), matrix)
         yield {i: _joined(ensemble, row[len(head) : len(ids[i]) - 1]) for i, row in zip(part, best.tolist(), strict=True)}

@@ -32,6 +32,7 @@ from distllm.train.inference import Choice, export_source, loader_of, open_sourc
 from distllm.train.predict import Asked, predict
 from distllm.train.translate import make_translator
 from tests.runs import run_tiny
+from tests.train.tasks import task_config, write_tables
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 48,
@@ -145,6 +146,20 @@ def test_models_together_answer_with_their_mean(place: Path, tmp_path: Path) -> 
     assert table(out)[0] == ["value"]
 
 
+def test_models_together_take_as_many_tokens_as_the_shortest(place: Path, tmp_path: Path) -> None:
+    auto, labels = transformers.AutoModelForSequenceClassification, dict(enumerate(("bad", "good", "odd")))
+    short = folder_of(
+        place, auto, "bert", seed=11, **{**BERT, "max_position_embeddings": 24}, id2label=labels, label2id={v: k for k, v in labels.items()}
+    )
+    ensemble, file, out = open_ensemble([classifier(place), short]), lines(tmp_path / "in.txt"), tmp_path / "out.tsv"
+    with pytest.raises(DataError, match=r"data\.seq_len=24: 1 of 4 examples of .*in\.txt are longer and --truncate=refuse"):
+        predict(ensemble, file=file, output=out)
+    predict(ensemble, file=file, output=out, asked=Asked(truncate="head"))
+    texts = [text[:22] for text in TEXTS]
+    mean = (probabilities(classifier(place), texts) + probabilities(short, texts)) / 2
+    np.testing.assert_allclose([[float(p) for p in row[1:]] for row in table(out)[1:]], mean, atol=2e-6)
+
+
 def test_what_cannot_answer_together(place: Path) -> None:
     with pytest.raises(DataError, match=r"has the labels a, b, and .* bad, good, odd"):
         open_ensemble([classifier(place), classifier(place, 9, ("a", "b"))])
@@ -235,6 +250,26 @@ def test_masks_are_filled(place: Path, tmp_path: Path) -> None:
         predict(open_ensemble([folder]), file=lines(tmp_path / "none.txt", ["no"]), output=tmp_path / "out.txt")
 
 
+def test_the_head_for_tokens_of_several_fills_masks_too(tmp_path: Path) -> None:
+    files = write_tables(tmp_path / "tables")
+    numbers = {"kind": "jsonl", "path": str(files["numbers.jsonl"])}
+    heads = {"score": {"kind": "regression"}, "words": {"kind": "masked_lm"}}
+    config = task_config(
+        "multi_task", tmp_path, task={"kind": "multi_task", "tasks": heads}, train={"steps": 1, "eval_every": 0},
+        data={"sources": [{**numbers, "task": "score"}, {**numbers, "task": "words"}]},
+    )
+    assert run_tiny(ONE, config) == 0
+    ensemble, file, out = open_ensemble([str(tmp_path / "runs" / "small")]), tmp_path / "in.txt", tmp_path / "out.txt"
+    source, mask = ensemble.first, ensemble.first.tokenizer.mask_token
+    lines(file, [f"a g{mask}od film", "no"])
+    assert predict(ensemble, file=file, output=out, asked=Asked(task="words")) == 2
+    ids = [source.roles.begin, *source.tokenizer(f"a g{mask}od film", add_special_tokens=False)["input_ids"], source.roles.separator]
+    with torch.no_grad():
+        logits = source.model(torch.tensor([ids]), rows_score=torch.arange(0), rows_words=torch.arange(1)).logits["words"][0]
+    logits[:, [i for i in (source.roles.mask, source.roles.pad, source.roles.begin) if i is not None]] = -torch.inf
+    assert out.read_text().splitlines() == [f"a g{source.tokenizer.decode(logits.argmax(-1)[ids.index(source.roles.mask)])}od film", "no"]
+
+
 def test_what_cannot_be_predicted_is_told_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, file = classifier(place), lines(tmp_path / "in.txt")
     ensemble = open_ensemble([folder])
@@ -249,6 +284,8 @@ def test_what_cannot_be_predicted_is_told_in_one_line(place: Path, tmp_path: Pat
         with pytest.raises(DataError, match=rule):
             predict(ensemble, file=tmp_path / name, output=tmp_path / "out.tsv")
         assert not (tmp_path / "out.tsv").exists()
+    with pytest.raises(ConfigError, match=r"^--task=mood: is for multi_task, and .* is for classification; leave it out$"):
+        predict(ensemble, file=file, output=tmp_path / "out.tsv", asked=Asked(task="mood"))
     with pytest.raises(StorageError, match="no such folder; make it first"):
         predict(ensemble, file=file, output=tmp_path / "missing" / "out.tsv")
     with pytest.raises(StorageError, match="is a folder"):
