@@ -17,6 +17,7 @@ from distllm.track.progress import Progress, clock_face
 from distllm.train.build import Position, Run, close, save
 from distllm.train.ending import sample_text, tell_end, tell_if_done, tell_nodes
 from distllm.train.signals import StopRequest
+from distllm.train.stopping import out_of_patience
 from distllm.train.validate import validate
 
 
@@ -49,7 +50,7 @@ def train_steps(run: Run) -> int:
     t, every, engine, meter = run.config.train, run.config.checkpoint.every, run.engine, run.meter
     at, step, clock, place = run.start, engine.updates, _Clock(run.start.seconds, engine.updates), run.world.place
     agreement, stopping, saved = Agreement(run.world, flags=3), False, False
-    enough = 0 < t.patience <= at.best.bad
+    enough = out_of_patience(t, at.best)
     noise_scale, node_use = NoiseScale(), NodeUse()
     keeps_best = t.keep_best or t.patience > 0
     rhythms = (t.log_every, t.eval_every, t.sample_every, every)
@@ -140,7 +141,8 @@ def _tell_skips(run: Run, at: Position, skipped: tuple[Skipped, ...]) -> Positio
             f"step {run.engine.updates + 1} skipped: {skip.reason}; samples {skip.samples.start} to {skip.samples.stop - 1}"
         )
     at = replace(at, skipped=at.skipped + len(skipped))
-    if run.engine.skips_in_a_row >= run.config.train.max_skips:
+    # Not by the count alone: a diverged run that goes on begins with it, and on a GPU its first step is not judged yet.
+    if skipped and run.engine.skips_in_a_row >= run.config.train.max_skips:
         run.engine.settle()
         save(run, position=at)  # the weights are those before the first of them
         run.checkpoints.wait()
