@@ -14,6 +14,7 @@ import torch
 
 from distllm.comm import World
 from distllm.config.errors import EXIT_OK, EXIT_STOPPED, DivergedError
+from distllm.train import validate as validating
 from distllm.train.build import Run, build, close
 from distllm.train.loop import train
 from tests.runs import metrics, tiny_config
@@ -102,6 +103,26 @@ def test_a_run_that_stopped_early_says_what_trains_it_on(start: Any, tmp_path: P
     assert f"{there} is done, it stopped early at step 3; to train on: {command}4" in told
     made = start(tmp_path, *early, "train.patience=4")
     assert train(made) == EXIT_OK and made.engine.updates == 5
+
+
+def test_the_last_evaluation_is_compared_with_those_before_by_the_same_samples(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = validating.evaluate
+
+    def easier(step: Any, batches: Any, **settings: Any) -> Any:
+        """A validation set that is easier than the first batch of it, whatever the weights."""
+        batches = list(batches)
+        return replace(real(step, batches, **settings), loss=2.0 if len(batches) > 1 else 3.0)
+
+    monkeypatch.setattr(validating, "evaluate", easier)
+    options = ("train.steps=5", "train.eval_every=1", "train.eval_batches=1", "train.patience=2")
+    made, there = start(tmp_path, *options), tmp_path / "runs" / "tiny"
+    assert train(made) == EXIT_OK and made.engine.updates == 3
+    assert [line["val_loss"] for line in metrics(there) if "val_loss" in line] == [3.0, 3.0, 3.0, 2.0]
+    assert os.readlink(there / "checkpoints" / "best") == "step-1", "none was better than the first"
+    again = start(tmp_path, *options)
+    assert again.start.best.bad == 2 and train(again) == EXIT_OK and again.engine.updates == 3
 
 
 def test_a_diverged_run_that_goes_on_has_its_steps_looked_at_before_it_is_ended(start: Any, tmp_path: Path) -> None:
