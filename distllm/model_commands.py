@@ -76,11 +76,12 @@ def evaluate(
     choice = Choice(which, average)
     if harness is not None:
         from distllm.checkpoint.hf import read_cleaning
+        from distllm.config.schema import CleanConfig
         from distllm.data.clean import cleans
         from distllm.train.harness import run_harness
 
         with exported(source, choice=choice, trust=trust) as (folder, kind):
-            if cleans(read_cleaning(folder)):
+            if cleans(read_cleaning(folder) or CleanConfig()):
                 say("--harness: its texts are not cleaned as those of the training were (data.clean)")
             figures = run_harness(folder, harness.split(","), kind=kind, batch=batch, device=real_device(device), limit=limit)
         found = Measured(source, figures)
@@ -206,6 +207,7 @@ def export(
     """Write a model folder that plain transformers loads."""
     must_exist(source)
     from distllm.checkpoint.hf import read_cleaning
+    from distllm.data.clean import cleans, told
     from distllm.train.inference import Choice, export_source, loader_of
 
     written = export_source(source, folder, choice=Choice(which, average), trust=trust)
@@ -216,9 +218,9 @@ def export(
     if not loader.startswith("Auto"):
         call = f"{loader}({str(min(written.glob('*.safetensors')))!r})"
     print(f"written  {written}")
-    if cleaning := read_cleaning(written).model_dump(exclude_defaults=True):
-        told = ", ".join(f"{name}={str(value).lower()}" for name, value in cleaning.items())
-        print(f"cleaned  data.clean: {told}; distllm cleans what it is asked alike, and for transformers it is yours to do")
+    if (cleaning := read_cleaning(written)) is not None and cleans(cleaning):
+        what = "distllm cleans what it is asked alike, and for transformers it is yours to do"
+        print(f"cleaned  data.clean: {told(cleaning)}; {what}")
     print(f"next     distllm {use.format(written if answers else source)}")
     print(f"         {call}")
     return EXIT_OK

@@ -85,15 +85,15 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_cleaning(folder: Path) -> CleanConfig:
-    """How the texts were cleaned that an exported model learned from; another folder says nothing of it.
+def read_cleaning(folder: Path) -> CleanConfig | None:
+    """How the texts were cleaned that an exported model learned from; None: another folder, which says nothing of it.
 
     Raises:
         DataError: what is written there is no such setting.
     """
     file = folder / MARKER
     if not file.is_file():
-        return CleanConfig()
+        return None
     try:
         return CleanConfig.model_validate(json.loads(file.read_text(encoding="utf-8")).get("clean", {}))
     except (ValueError, AttributeError):

@@ -15,6 +15,7 @@ import torch
 from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import Config
 from distllm.data.batch import Batch
+from distllm.data.clean import told
 from distllm.train.inference import Choice, Source, open_source
 from distllm.train.objectives.tokens import logits_of
 
@@ -114,7 +115,7 @@ def open_ensemble(
 
     Raises:
         ConfigError: weights that do not fit, or models of different tasks.
-        DataError: models of different tokenizers or labels.
+        DataError: models of different tokenizers or labels, or whose texts are known to have been cleaned otherwise.
     """
     if weights and len(weights) != len(sources):
         rule = f"{len(weights)} weights for {len(sources)} models; give one for each, the first one's first"
@@ -124,6 +125,7 @@ def open_ensemble(
     members = tuple(open_source(s, choice=choice, device=device, trust=trust) for s in sources)
     for other in members[1:]:
         _refuse_other(members[0], other)
+    _refuse_other_texts(members)
     given = list(weights) or [1.0] * len(members)
     return Ensemble(members, tuple(weight / sum(given) for weight in given))
 
@@ -137,6 +139,16 @@ def _refuse_other(first: Source, other: Source) -> None:
     mine, theirs = dict(first.labels), dict(other.labels)
     if {n: tuple(v) for n, v in mine.items()} != {n: tuple(v) for n, v in theirs.items()}:
         raise DataError(f"--ensemble={other.name}: has the labels {_told(theirs)}, and {first.name} {_told(mine)}")
+
+
+def _refuse_other_texts(members: Sequence[Source]) -> None:
+    """Refuse members known to have learned from texts that were cleaned otherwise: all are given the same text."""
+    known = [(member, member.cleaning) for member in members if member.cleaning is not None]
+    for other, cleaning in known[1:]:
+        first, wanted = known[0]
+        if cleaning != wanted:
+            rule = f"its training had data.clean: {told(cleaning)}, and that of {first.name} {told(wanted)}"
+            raise DataError(f"--ensemble={other.name}: {rule}; the members are given the same text")
 
 
 def _outputs(config: Config) -> Any:

@@ -32,7 +32,7 @@ from distllm.checkpoint.find import (
 from distllm.checkpoint.hf import export, read_cleaning
 from distllm.checkpoint.manifest import MANIFEST
 from distllm.config.errors import CheckpointError, ConfigError, DataError
-from distllm.config.schema import Config, DataConfig, ModelConfig, TaskConfig
+from distllm.config.schema import CleanConfig, Config, DataConfig, ModelConfig, TaskConfig
 from distllm.config.trust import refuse_own_code
 from distllm.data.prepare_examples import Labels
 from distllm.data.tokenizer import Roles, id_count, roles_of
@@ -84,6 +84,8 @@ class Source:
     """Whether the model tells the texts of a pair apart by token types."""
     run: Path | None
     """The run's folder; None for a model folder, which has no data of its own."""
+    cleaning: CleanConfig | None
+    """How the texts were cleaned that it learned from; None where nothing says so."""
 
     @property
     def kind(self) -> str:
@@ -136,7 +138,7 @@ def open_source(source: str, *, choice: Choice | None = None, device: str = "aut
     run = found.folder.parent.parent
     return Source(
         f"{source}, {what}", model.eval(), tokenizer, _tokenizer_folder(found), _device_of(model, target), spec.max_seq_len,
-        config, labels, spec.decoder_start, spec.token_types, run,
+        config, labels, spec.decoder_start, spec.token_types, run, config.data.clean,
     )  # fmt: skip
 
 
@@ -330,11 +332,14 @@ def _open_folder(source: str, *, device: torch.device, scratch: Path, trust: boo
     if not (folder / "tokenizer.json").is_file():
         folder = scratch / "tokenizer"
         tokenizer.save_pretrained(folder)
+    cleaning = read_cleaning(weights_folder(source, trust=trust))
     config = Config(
         task=TaskConfig(kind=kind, labels=list(names)), model=ModelConfig(path=source),
-        data=DataConfig(seq_len=min(limit or 1024, 1024), clean=read_cleaning(weights_folder(source, trust=trust))),
+        data=DataConfig(seq_len=min(limit or 1024, 1024), clean=cleaning or CleanConfig()),
     )  # fmt: skip
     labels = {"": names} if kind in ("classification", "regression") else {}
     start = getattr(model.config, "decoder_start_token_id", None) if kind == "seq2seq" else None
     types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
-    return Source(source, model, tokenizer, folder, _device_of(model, device), limit, config, labels, start, types, None)
+    return Source(
+        source, model, tokenizer, folder, _device_of(model, device), limit, config, labels, start, types, None, cleaning
+    )

@@ -159,6 +159,24 @@ def test_what_cannot_answer_together(place: Path) -> None:
         open_ensemble([classifier(place)], weights=(0,))
 
 
+def test_members_whose_texts_were_cleaned_otherwise_do_not_answer_together(place: Path, tmp_path: Path) -> None:
+    plain, silent = classifier(place), tmp_path / "silent"
+    exports = {"none": {}, "form": {"clean": {"unicode": "NFC"}}, "lower": {"clean": {"lowercase": True}}}
+    for name, cleaned in exports.items():
+        shutil.copytree(plain, tmp_path / name)
+        (tmp_path / name / "distllm.json").write_text(json.dumps({"format": "export", **cleaned}))
+    shutil.copytree(plain, silent)
+    none, form, lower = (str(tmp_path / name) for name in exports)
+    rule = r"--ensemble=.*lower: its training had data\.clean: lowercase=true, and that of .*{}; the members are given the same text"
+    with pytest.raises(DataError, match=rule.format("none none")):
+        open_ensemble([none, lower])
+    for told in ([form, lower], [plain, form, lower]):  # a folder of transformers says nothing of it
+        with pytest.raises(DataError, match=rule.format("form unicode=NFC")):
+            open_ensemble(told)
+    for alike in ([lower, lower], [lower, plain], [plain, lower, str(silent)]):
+        assert len(open_ensemble(alike).members) == len(alike)
+
+
 def test_back_translation_cleans_what_it_reads_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
     texts = ["ONE Fine day", "no"]
