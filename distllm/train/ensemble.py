@@ -16,6 +16,7 @@ from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import Config
 from distllm.data.batch import Batch
 from distllm.data.clean import told
+from distllm.data.rows import prefix_of
 from distllm.train.inference import Choice, Source, open_source
 from distllm.train.objectives.tokens import logits_of
 
@@ -115,7 +116,7 @@ def open_ensemble(
 
     Raises:
         ConfigError: weights that do not fit, or models of different tasks.
-        DataError: models of different tokenizers or labels, or whose texts are known to have been cleaned otherwise.
+        DataError: models of different tokenizers or labels, or whose texts are known to have been read otherwise.
     """
     if weights and len(weights) != len(sources):
         rule = f"{len(weights)} weights for {len(sources)} models; give one for each, the first one's first"
@@ -142,13 +143,21 @@ def _refuse_other(first: Source, other: Source) -> None:
 
 
 def _refuse_other_texts(members: Sequence[Source]) -> None:
-    """Refuse members known to have learned from texts that were cleaned otherwise: all are given the same text."""
-    known = [(member, member.cleaning) for member in members if member.cleaning is not None]
-    for other, cleaning in known[1:]:
-        first, wanted = known[0]
-        if cleaning != wanted:
-            rule = f"its training had data.clean: {told(cleaning)}, and that of {first.name} {told(wanted)}"
-            raise DataError(f"--ensemble={other.name}: {rule}; the members are given the same text")
+    """Refuse members known to have learned from texts that were read otherwise: all are given the same text."""
+    known = [member for member in members if member.texts_known]
+    for other in known[1:]:
+        mine, theirs = _texts(known[0].config), _texts(other.config)
+        for setting, value in theirs.items():
+            if value != mine[setting]:
+                rule = f"its training had {setting}: {value}, and that of {known[0].name} {mine[setting]}"
+                raise DataError(f"--ensemble={other.name}: {rule}; the members are given the same text")
+
+
+def _texts(config: Config) -> dict[str, str]:
+    """How a config reads its texts, by the settings."""
+    heads = {name: prefix_of([s for s in config.data.sources if (s.task or "") == name]) for name in config.task.tasks or [""]}
+    prefixes = {name: [repr(prefix)] for name, prefix in heads.items() if prefix}
+    return {"data.clean": told(config.data.clean), "data.sources.N.prefix": _told(prefixes)}
 
 
 def _outputs(config: Config) -> Any:

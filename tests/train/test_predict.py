@@ -32,6 +32,7 @@ from distllm.train.inference import Choice, export_source, loader_of, open_sourc
 from distllm.train.predict import Asked, predict
 from distllm.train.translate import make_translator
 from tests.runs import run_tiny
+from tests.train.tasks import task_config, write_tables
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 48,
@@ -175,18 +176,23 @@ def test_members_whose_texts_were_cleaned_otherwise_do_not_answer_together(place
             open_ensemble(told)
     for alike in ([lower, lower], [lower, plain], [plain, lower, str(silent)]):
         assert len(open_ensemble(alike).members) == len(alike)
+    (tmp_path / "form" / "distllm.json").write_text(json.dumps({"format": "export", "prefix": "Ask: "}))
+    with pytest.raises(DataError, match=r"form: its training had data\.sources\.N\.prefix: 'Ask: ', and that of .*none none; "):
+        open_ensemble([none, form])
 
 
-def test_back_translation_cleans_what_it_reads_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_back_translation_reads_texts_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
     texts = ["ONE Fine day", "no"]
     plain = make_translator([folder])
     assert plain(texts) != plain([text.lower() for text in texts])
     (member,) = open_ensemble([folder]).members
-    data = member.config.data.model_copy(update={"clean": CleanConfig(lowercase=True)})
+    data = member.config.data.model_copy(
+        update={"clean": CleanConfig(lowercase=True), "sources": [SourceConfig(prefix="Ask: ")]}
+    )
     lower = Ensemble((replace(member, config=member.config.model_copy(update={"data": data})),), (1.0,))
     monkeypatch.setattr(translate, "open_ensemble", lambda *a, **k: lower)
-    assert make_translator(["lower"])(texts) == plain([text.lower() for text in texts])
+    assert make_translator(["lower"])(texts) == plain([f"Ask: {text.lower()}" for text in texts])
 
 
 def test_an_export_reads_what_it_is_asked_cleaned_as_its_training_did(place: Path, tmp_path: Path) -> None:
@@ -212,6 +218,40 @@ def test_a_prefix_is_not_cleaned(place: Path, tmp_path: Path) -> None:
     source = SourceConfig(kind="text", path=str(lines(tmp_path / "in.txt", ["ONE Fine day"])), document="line", prefix="Ask: ")
     store = encode_file(lower, source, kind="classification", folder=tmp_path, labelled=False)
     assert member.tokenizer.decode(store.ids("text", 0), skip_special_tokens=True) == "Ask: one fine day"
+
+
+def test_a_run_and_its_export_put_the_same_prefix_before_what_they_are_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask, short = "translate upper to lower: ", DecodeConfig(beams=1, max_tokens=4)
+    files = write_tables(tmp_path / "tables")
+    source = {"kind": "parallel", "path": str(files["source.txt"]), "target_path": str(files["target.txt"])}
+
+    def answers(folder: Path, *prefixes: str) -> dict[str, str]:
+        config = task_config("marian", folder, data={"sources": [{**source, "prefix": p} for p in prefixes]}, train={"steps": 1})
+        assert run_tiny(ONE, config) == 0
+        run, kept = folder / "runs" / "small", folder / "export"
+        assert cli.run(["export", str(run), str(kept)]) == 0
+        assert json.loads((kept / "distllm.json").read_text()).get("prefix") == (ask if prefixes == (ask,) else None)
+        shutil.copytree(kept, folder / "bare")
+        (folder / "bare" / "distllm.json").write_text(json.dumps({"format": "export"}))
+        found = {}
+        for name, place in (("run", run), ("export", kept), ("bare", folder / "bare")):
+            ensemble, given = open_ensemble([str(place)]), lines(tmp_path / "in.txt")
+            predict(ensemble, file=given, output=tmp_path / "out.txt", asked=Asked(decode=short))
+            figures = measure(ensemble, on=On(data=given, target=lines(tmp_path / "t.txt", TEXTS)), decode=short).figures
+            found[name] = f"{(tmp_path / 'out.txt').read_text()}{figures['val_loss']:.6f}"
+        return found
+
+    shared = answers(tmp_path / "shared", ask)
+    assert f"prefix   {ask!r}; " in capsys.readouterr().out
+    assert shared["run"] == shared["export"] != shared["bare"]
+    several = answers(tmp_path / "several", ask, "")  # each text has its own, and none is guessed
+    assert several["run"] == several["export"] == several["bare"]
+    marker = tmp_path / "shared" / "export" / "distllm.json"
+    marker.write_text(json.dumps({"format": "export", "prefix": 7}))
+    with pytest.raises(DataError, match=r"distllm\.json: damaged: `prefix` must be a text"):
+        open_source(str(marker.parent))
 
 
 def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -> None:
