@@ -283,6 +283,25 @@ def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -
     assert found_.figures["val_chrf"] == pytest.approx(chrf)
 
 
+def test_references_that_the_training_would_have_cleaned_are_told(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bart = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
+    shutil.copytree(bart, tmp_path / "lower")
+    (tmp_path / "lower" / "distllm.json").write_text(json.dumps({"format": "export", "clean": {"lowercase": True}}))
+    short = DecodeConfig(beams=1, max_tokens=2)
+
+    def said(folder: str | Path, *targets: str) -> list[str]:
+        on = On(data=lines(tmp_path / "in.txt", ["one", "two"]), target=lines(tmp_path / "t.txt", [*targets]))
+        caplog.clear()
+        measure(open_ensemble([str(folder)]), on=on, decode=short)
+        return [record.getMessage() for record in caplog.records if "references" in record.getMessage()]
+
+    (line,) = said(tmp_path / "lower", "Eins", "zwei")
+    assert line.startswith("1 of 2 references are not as data.clean (lowercase=true) makes them, ")
+    assert said(tmp_path / "lower", "eins", "zwei") == said(bart, "Eins", "zwei") == []
+
+
 def test_masks_are_filled(place: Path, tmp_path: Path) -> None:
     folder = folder_of(place, transformers.AutoModelForMaskedLM, "bert", **BERT)
     texts = ["one f<mask>ne d<mask>y", "no"]
