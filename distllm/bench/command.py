@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,10 +43,11 @@ class Bench:
         """Args:
         options: what was asked for.
         room: what there is to run on.
-        folder: for tokens that have to be made.
+        folder: for tokens that have to be made; `tidy` drops them.
         """
         self.options, self.room = options, room
-        self._cases = Cases(folder, synthetic=options.data == "synthetic")
+        self._tokens = folder / "tokens"
+        self._cases = Cases(self._tokens, synthetic=options.data == "synthetic")
         self._job = Job(room.job, cuda=room.gpus > 0) if room.job is not None else None
 
     @property
@@ -100,6 +102,11 @@ class Bench:
         """The ranks of each node of the job, on the rank that writes; None outside of a job."""
         return self._job.nodes() if self._job is not None and self.is_main else None
 
+    def tidy(self) -> None:
+        """Drop the tokens that were made: they are of the first part of the text, and no cell reads them any more."""
+        if self.is_main:
+            shutil.rmtree(self._tokens, ignore_errors=True)
+
     def leave(self) -> None:
         """Nothing more is to be run."""
         if self._job is not None:
@@ -149,7 +156,10 @@ def bench(
         running = Bench(options, room=room, folder=folder)
         if running.is_main:  # before hours of measuring
             make_folder(folder, key="--out", value=str(folder), near="runs/bench")
-        rows, sides = _measured(running, cells)
+        try:
+            rows, sides = _measured(running, cells)
+        finally:
+            running.tidy()
     finally:
         torch.set_num_threads(threads)
     config = load(file, overrides).config

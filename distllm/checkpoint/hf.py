@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ WRITES = ("", "causal_lm", "sft", "seq2seq")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_*")
 
 
+@dataclass(frozen=True)
+class Texts:
+    """How the texts were read that a model learned from: what it is asked belongs read alike."""
+
+    clean: CleanConfig
+    prefix: str = ""
+    """What was put before each, after the cleaning; "" where the sources differ in it."""
+
+
 def export(
     folder: Path,
     *,
@@ -36,7 +46,7 @@ def export(
     tokenizer_folder: Path | None,
     dtype: torch.dtype = torch.float32,
     max_file_bytes: int = 5_000_000_000,
-    clean: CleanConfig | None = None,
+    texts: Texts | None = None,
 ) -> None:
     """Write a model as safetensors with its config and tokenizer; the folder appears whole or not at all.
 
@@ -49,7 +59,7 @@ def export(
         tokenizer_folder: a tokenizer in transformers' format to copy, or None.
         dtype: the floating-point format to write the parameters in.
         max_file_bytes: the largest file to write, unless one tensor is larger.
-        clean: how the texts were cleaned that the model learned from; `distllm.json` keeps it, as transformers has no place.
+        texts: how they were read that the model learned from; `distllm.json` keeps it, as transformers has no place.
 
     Raises:
         StorageError: the target holds something else, or cannot be written.
@@ -71,8 +81,10 @@ def export(
             "model": spec.name, "task": spec.task, "base": spec.base, "vocab_size": spec.vocab_size,
             "max_seq_len": spec.max_seq_len, "dtype": _text(dtype),
         }  # fmt: skip
-        if clean is not None and cleans(clean):
-            facts["clean"] = clean.model_dump(exclude_defaults=True)
+        if texts is not None and cleans(texts.clean):
+            facts["clean"] = texts.clean.model_dump(exclude_defaults=True)
+        if texts is not None and texts.prefix:
+            facts["prefix"] = texts.prefix
         # By this file a folder is known as an export, so that a new one may replace it.
         (partial / MARKER).write_text(json.dumps({"format": "export", **facts}, indent=2) + "\n")
         for file in partial.iterdir():
@@ -85,19 +97,23 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_cleaning(folder: Path) -> CleanConfig:
-    """How the texts were cleaned that an exported model learned from; another folder says nothing of it.
+def read_texts(folder: Path) -> Texts | None:
+    """How the texts were read that an exported model learned from; None: another folder, which says nothing of it.
 
     Raises:
         DataError: what is written there is no such setting.
     """
     file = folder / MARKER
     if not file.is_file():
-        return CleanConfig()
+        return None
     try:
-        return CleanConfig.model_validate(json.loads(file.read_text(encoding="utf-8")).get("clean", {}))
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        found = Texts(CleanConfig.model_validate(facts.get("clean", {})), facts.get("prefix", ""))
     except (ValueError, AttributeError):
         raise DataError(f"{file}: damaged: `clean` must hold settings of data.clean; export the model again") from None
+    if not isinstance(found.prefix, str):
+        raise DataError(f"{file}: damaged: `prefix` must be a text; export the model again")
+    return found
 
 
 def check_target(folder: Path) -> None:

@@ -12,6 +12,7 @@ from distllm.beam import Writing
 from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import DecodeConfig
 from distllm.data.clean import clean
+from distllm.data.rows import prefix_of
 from distllm.data.tokenizer import id_count
 from distllm.data.truncate import kept
 from distllm.train.ensemble import Ensemble, open_ensemble
@@ -114,8 +115,8 @@ def encode_texts(source: Source, texts: Sequence[str], *, truncate: str, places:
 def make_translator(sources: Sequence[str], *, trust: bool = False) -> Callable[[list[str]], list[str]]:
     """Translations by several models one after another, for data.augment.back_translation.
 
-    The models are loaded when the first texts come, and read texts cleaned as those that they were trained on. A text that
-    is longer than a model takes loses its end, and one of which nothing is left stays as it is.
+    The models are loaded when the first texts come, and read texts cleaned as those that they were trained on, and with
+    their prefix. A text that is longer than a model takes loses its end, and one of which nothing is left stays as it is.
 
     Args:
         sources: runs or model folders, as data.augment.translators has them.
@@ -127,8 +128,8 @@ def make_translator(sources: Sequence[str], *, trust: bool = False) -> Callable[
         if not opened:
             opened.extend(_translator(source, trust=trust) for source in sources)
         for ensemble in opened:
-            cleaning = ensemble.first.config.data.clean
-            read = [clean(text, cleaning) or text for text in texts]
+            data = ensemble.first.config.data
+            read = [prefix_of(data.sources) + (clean(text, data.clean) or text) for text in texts]
             rows = encode_texts(ensemble.first, read, truncate="head", places=[f"text {i}" for i in range(len(texts))])
             found: dict[int, str] = {}
             for part in translate_ids(ensemble, rows, decode=ensemble.first.config.decode):

@@ -71,6 +71,14 @@ def test_two_cells_are_measured_and_a_third_is_refused(tmp_path: Path, capsys: p
     assert "2 measured, 1 refused" in printed and "MFU      palm" in printed and "refused: " in printed
 
 
+def test_tokens_that_were_made_for_a_bench_go_with_it(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, prepared=False)
+    assert bench(tmp_path, "--grid", "layout.dp_replicate=1") == 0
+    assert {cell["status"] for cell in cells(tmp_path).values()} == {MEASURED}
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".json", ".csv", ".png"}
+    assert not Path(config.data.store).exists()  # they are of a part of the text, and no store of the run's
+
+
 def test_out_of_memory_is_a_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,16 +174,39 @@ def test_what_cannot_answer_together(place: Path) -> None:
         open_ensemble([classifier(place)], weights=(0,))
 
 
-def test_back_translation_cleans_what_it_reads_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_whose_texts_were_cleaned_otherwise_do_not_answer_together(place: Path, tmp_path: Path) -> None:
+    plain, silent = classifier(place), tmp_path / "silent"
+    exports = {"none": {}, "form": {"clean": {"unicode": "NFC"}}, "lower": {"clean": {"lowercase": True}}}
+    for name, cleaned in exports.items():
+        shutil.copytree(plain, tmp_path / name)
+        (tmp_path / name / "distllm.json").write_text(json.dumps({"format": "export", **cleaned}))
+    shutil.copytree(plain, silent)
+    none, form, lower = (str(tmp_path / name) for name in exports)
+    rule = r"--ensemble=.*lower: its training had data\.clean: lowercase=true, and that of .*{}; the members are given the same text"
+    with pytest.raises(DataError, match=rule.format("none none")):
+        open_ensemble([none, lower])
+    for told in ([form, lower], [plain, form, lower]):  # a folder of transformers says nothing of it
+        with pytest.raises(DataError, match=rule.format("form unicode=NFC")):
+            open_ensemble(told)
+    for alike in ([lower, lower], [lower, plain], [plain, lower, str(silent)]):
+        assert len(open_ensemble(alike).members) == len(alike)
+    (tmp_path / "form" / "distllm.json").write_text(json.dumps({"format": "export", "prefix": "Ask: "}))
+    with pytest.raises(DataError, match=r"form: its training had data\.sources\.N\.prefix: 'Ask: ', and that of .*none none; "):
+        open_ensemble([none, form])
+
+
+def test_back_translation_reads_texts_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
     texts = ["ONE Fine day", "no"]
     plain = make_translator([folder])
     assert plain(texts) != plain([text.lower() for text in texts])
     (member,) = open_ensemble([folder]).members
-    data = member.config.data.model_copy(update={"clean": CleanConfig(lowercase=True)})
+    data = member.config.data.model_copy(
+        update={"clean": CleanConfig(lowercase=True), "sources": [SourceConfig(prefix="Ask: ")]}
+    )
     lower = Ensemble((replace(member, config=member.config.model_copy(update={"data": data})),), (1.0,))
     monkeypatch.setattr(translate, "open_ensemble", lambda *a, **k: lower)
-    assert make_translator(["lower"])(texts) == plain([text.lower() for text in texts])
+    assert make_translator(["lower"])(texts) == plain([f"Ask: {text.lower()}" for text in texts])
 
 
 def test_an_export_reads_what_it_is_asked_cleaned_as_its_training_did(place: Path, tmp_path: Path) -> None:
@@ -209,6 +232,40 @@ def test_a_prefix_is_not_cleaned(place: Path, tmp_path: Path) -> None:
     source = SourceConfig(kind="text", path=str(lines(tmp_path / "in.txt", ["ONE Fine day"])), document="line", prefix="Ask: ")
     store = encode_file(lower, source, kind="classification", folder=tmp_path, labelled=False)
     assert member.tokenizer.decode(store.ids("text", 0), skip_special_tokens=True) == "Ask: one fine day"
+
+
+def test_a_run_and_its_export_put_the_same_prefix_before_what_they_are_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask, short = "translate upper to lower: ", DecodeConfig(beams=1, max_tokens=4)
+    files = write_tables(tmp_path / "tables")
+    source = {"kind": "parallel", "path": str(files["source.txt"]), "target_path": str(files["target.txt"])}
+
+    def answers(folder: Path, *prefixes: str) -> dict[str, str]:
+        config = task_config("marian", folder, data={"sources": [{**source, "prefix": p} for p in prefixes]}, train={"steps": 1})
+        assert run_tiny(ONE, config) == 0
+        run, kept = folder / "runs" / "small", folder / "export"
+        assert cli.run(["export", str(run), str(kept)]) == 0
+        assert json.loads((kept / "distllm.json").read_text()).get("prefix") == (ask if prefixes == (ask,) else None)
+        shutil.copytree(kept, folder / "bare")
+        (folder / "bare" / "distllm.json").write_text(json.dumps({"format": "export"}))
+        found = {}
+        for name, place in (("run", run), ("export", kept), ("bare", folder / "bare")):
+            ensemble, given = open_ensemble([str(place)]), lines(tmp_path / "in.txt")
+            predict(ensemble, file=given, output=tmp_path / "out.txt", asked=Asked(decode=short))
+            figures = measure(ensemble, on=On(data=given, target=lines(tmp_path / "t.txt", TEXTS)), decode=short).figures
+            found[name] = f"{(tmp_path / 'out.txt').read_text()}{figures['val_loss']:.6f}"
+        return found
+
+    shared = answers(tmp_path / "shared", ask)
+    assert f"prefix   {ask!r}; " in capsys.readouterr().out
+    assert shared["run"] == shared["export"] != shared["bare"]
+    several = answers(tmp_path / "several", ask, "")  # each text has its own, and none is guessed
+    assert several["run"] == several["export"] == several["bare"]
+    marker = tmp_path / "shared" / "export" / "distllm.json"
+    marker.write_text(json.dumps({"format": "export", "prefix": 7}))
+    with pytest.raises(DataError, match=r"distllm\.json: damaged: `prefix` must be a text"):
+        open_source(str(marker.parent))
 
 
 def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -> None:
@@ -238,6 +295,25 @@ def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -
     hypotheses = (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")[:-1]
     chrf = sacrebleu.corpus_chrf(hypotheses, [["eins", "zwei", "drei und vier", "so"]]).score
     assert found_.figures["val_chrf"] == pytest.approx(chrf)
+
+
+def test_references_that_the_training_would_have_cleaned_are_told(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bart = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
+    shutil.copytree(bart, tmp_path / "lower")
+    (tmp_path / "lower" / "distllm.json").write_text(json.dumps({"format": "export", "clean": {"lowercase": True}}))
+    short = DecodeConfig(beams=1, max_tokens=2)
+
+    def said(folder: str | Path, *targets: str) -> list[str]:
+        on = On(data=lines(tmp_path / "in.txt", ["one", "two"]), target=lines(tmp_path / "t.txt", [*targets]))
+        caplog.clear()
+        measure(open_ensemble([str(folder)]), on=on, decode=short)
+        return [record.getMessage() for record in caplog.records if "references" in record.getMessage()]
+
+    (line,) = said(tmp_path / "lower", "Eins", "zwei")
+    assert line.startswith("1 of 2 references are not as data.clean (lowercase=true) makes them, ")
+    assert said(tmp_path / "lower", "eins", "zwei") == said(bart, "Eins", "zwei") == []
 
 
 def test_masks_are_filled(place: Path, tmp_path: Path) -> None:
