@@ -32,7 +32,7 @@ from distllm.checkpoint.find import (
 from distllm.checkpoint.hf import Texts, export, read_texts
 from distllm.checkpoint.manifest import MANIFEST
 from distllm.config.errors import CheckpointError, ConfigError, DataError
-from distllm.config.schema import CleanConfig, Config, DataConfig, ModelConfig, SourceConfig, TaskConfig
+from distllm.config.schema import Config, DataConfig, ModelConfig, SourceConfig, TaskConfig
 from distllm.config.trust import refuse_own_code
 from distllm.data.prepare_examples import Labels
 from distllm.data.rows import prefix_of
@@ -175,9 +175,18 @@ def export_source(source: str, folder: Path, *, choice: Choice | None = None, tr
     config, spec, _, _ = _described(found, trust=trust)
     export(
         folder, tensors=merged(tensors(), spec, config.tune), spec=spec, tokenizer_folder=_tokenizer_folder(found),
-        texts=Texts(config.data.clean, prefix_of(config.data.sources)),
+        texts=_texts_of(config),
     )  # fmt: skip
     return folder
+
+
+def _texts_of(config: Config) -> Texts:
+    """How a run with this config reads and writes texts."""
+    data = config.data
+    return Texts(
+        clean=data.clean, prefix=prefix_of(data.sources), seq_len=data.seq_len, truncate=data.truncate, stride=data.stride,
+        cross_documents=data.cross_documents, decode=config.decode,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -334,11 +343,12 @@ def _open_folder(source: str, *, device: torch.device, scratch: Path, trust: boo
         folder = scratch / "tokenizer"
         tokenizer.save_pretrained(folder)
     texts = read_texts(weights_folder(source, trust=trust))
-    learned = texts or Texts(CleanConfig())
+    learned = texts or Texts()
     config = Config(
-        task=TaskConfig(kind=kind, labels=list(names)), model=ModelConfig(path=source),
+        task=TaskConfig(kind=kind, labels=list(names)), model=ModelConfig(path=source), decode=learned.decode,
         data=DataConfig(
-            seq_len=min(limit or 1024, 1024), clean=learned.clean, sources=[SourceConfig(prefix=learned.prefix)]
+            seq_len=learned.seq_len or min(limit or 1024, 1024), truncate=learned.truncate, stride=learned.stride,
+            cross_documents=learned.cross_documents, clean=learned.clean, sources=[SourceConfig(prefix=learned.prefix)],
         ),
     )  # fmt: skip
     labels = {"": names} if kind in ("classification", "regression") else {}

@@ -13,7 +13,7 @@ from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import DecodeConfig
 from distllm.data.clean import clean
 from distllm.data.rows import prefix_of
-from distllm.data.tokenizer import id_count
+from distllm.data.tokenizer import id_count, never_written
 from distllm.data.truncate import kept
 from distllm.train.ensemble import Ensemble, open_ensemble
 from distllm.train.inference import Source
@@ -31,10 +31,9 @@ def writing_of(ensemble: Ensemble) -> Writing:
     source, roles = ensemble.first, ensemble.first.roles
     if source.decoder_start is None:
         raise DataError(f"{source.name}: does not say what its targets begin with (decoder_start_token_id in config.json)")
-    never = {roles.pad, roles.begin, roles.mask, source.decoder_start} - {None, roles.eos}
     return Writing(
         start=source.decoder_start, end=roles.eos, pad=roles.eos if roles.pad is None else roles.pad,
-        forbid=tuple(sorted(i for i in never if i is not None)), vocab_size=id_count(source.tokenizer), max_len=ensemble.max_len,
+        forbid=never_written(roles, start=source.decoder_start), vocab_size=id_count(source.tokenizer), max_len=ensemble.max_len,
     )  # fmt: skip
 
 
