@@ -30,7 +30,7 @@ from distllm.evaluate import Evaluation, evaluate
 from distllm.metrics.text import bits_per_byte, bleu_from, bleu_statistics, chrf_from, chrf_statistics
 from distllm.track.progress import Progress
 from distllm.train.ensemble import Ensemble
-from distllm.train.example_samples import alone, encode_file, head_of, samples_of
+from distllm.train.example_samples import alone, open_examples
 from distllm.train.files import Columns, source_of
 from distllm.train.inference import Source
 from distllm.train.predict import answer_outputs, answers_of
@@ -94,9 +94,8 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="distllm-") as scratch:
         if on.data is not None and examples:
             source = source_of(first, on.data, columns=on.columns, task=on.task, target=on.target)
-            kind = head_of(first.config, on.task)
-            store = encode_file(first, source, kind=kind, folder=Path(scratch), labelled=True)
-            samples, sources = samples_of(first, store, source, truncate=on.truncate), [source]
+            _, samples = open_examples(first, source, folder=Path(scratch), labelled=True, truncate=on.truncate)
+            sources = [source]
         elif on.texts or on.data is not None:
             samples, sources = _packed(first, [*on.texts, *([on.data] if on.data else [])], folder=Path(scratch)), []
         else:

@@ -23,7 +23,7 @@ from distllm.data.tokenizer import id_count
 from distllm.generate import Sampling, sample_text
 from distllm.track.progress import Progress
 from distllm.train.ensemble import Ensemble
-from distllm.train.example_samples import by_length, encode_file, head_of, samples_of
+from distllm.train.example_samples import by_length, head_of, open_examples
 from distllm.train.files import Columns, check_output, rows_of, source_of, write_table, write_texts
 from distllm.train.translate import encode_texts, translate_ids
 
@@ -76,9 +76,8 @@ def predict(ensemble: Ensemble, *, file: Path, output: Path, asked: Asked | None
     kind = head_of(first.config, asked.task)
     if kind in ("classification", "regression"):
         with tempfile.TemporaryDirectory(prefix="distllm-") as scratch:
-            store = encode_file(first, source, kind=kind, folder=Path(scratch), labelled=False)
+            store, samples = open_examples(first, source, folder=Path(scratch), labelled=False, truncate=asked.truncate)
             with Progress(len(store), terminal=terminal, unit="example") as bar:
-                samples = samples_of(first, store, source, truncate=asked.truncate)
                 parts = (samples.validation_batch(ids) for ids in _batches(by_length(store, samples), asked.batch))
                 answers, numbers = answers_of(ensemble, parts, count=len(store), kind=kind, task=asked.task, advance=bar.advance)
         assert len(numbers) == len(store), "every example is in a batch"
