@@ -139,7 +139,7 @@ def _members() -> list[int]:
 def _parents() -> list[tuple[int, int]]:
     """(process, parent) of all; processes that are done and only wait to be collected are left out."""
     if sys.platform != "linux":
-        told = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=False).stdout
+        told = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, errors="replace", check=False).stdout
         rows = [line.split() for line in told.splitlines()]
         return [(int(row[0]), int(row[1])) for row in rows if len(row) == 3 and not row[2].startswith("Z")]
     found = []
@@ -147,7 +147,8 @@ def _parents() -> list[tuple[int, int]]:
         if not entry.name.isdecimal():
             continue
         try:
-            state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
+            # Errors replaced: the name in it is cut after 15 bytes, in the middle of a character too.
+            state, parent = Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
         except OSError:
             continue
         if state not in ("Z", "X"):

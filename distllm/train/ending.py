@@ -45,7 +45,7 @@ def sample_text(run: Run, step: int) -> str | None:
             generator=torch.Generator(run.world.device).manual_seed(run.config.seed),
         )  # fmt: skip
     if run.world.is_main:
-        with (run.folder.path / "samples.txt").open("a", encoding="utf-8") as file:
+        with run.folder.samples.open("a", encoding="utf-8") as file:
             for prompt, text in zip(t.sample_prompts, texts, strict=True):
                 file.write(f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n")
     run.log.info(f"step {step}: sample: {t.sample_prompts[-1] + texts[-1]!r}")

@@ -197,9 +197,10 @@ def _whole_documents(ensemble: Ensemble, batches: Iterator[Batch], samples: Exam
 
 
 def _confusions(result: Evaluation) -> dict[str, np.ndarray]:
-    """The confusion matrices among the sums, by task."""
-    found = {name.rpartition("confusion") for name in result.parts if name == "confusion" or name.endswith(".confusion")}
-    return {task.removesuffix("."): result.parts[task + what].numpy().round().astype(np.int64) for task, what, _ in found}
+    """The confusion matrices among the sums, by task; not of one of several tasks that had no sample."""
+    found = [name.rpartition("confusion") for name in result.parts if name == "confusion" or name.endswith(".confusion")]
+    every = {task.removesuffix("."): result.parts[task + what].numpy().round().astype(np.int64) for task, what, _ in found}
+    return {task: counts for task, counts in every.items() if counts.any()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

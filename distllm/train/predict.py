@@ -174,6 +174,7 @@ def _continuations(ensemble: Ensemble, rows: Sequence[Row], asked: Asked) -> Ite
         written = sample_text(
             ensemble.models, tokenizer=first.tokenizer, prompts=[texts[i] for i in part], sampling=asked.sampling,
             max_len=ensemble.max_len, generator=generator, device=first.device, weights=ensemble.weights,
+            chat=first.kind == "sft",
         )  # fmt: skip
         if first.kind == "sft":
             written = [text.strip() for text in written]

@@ -138,3 +138,46 @@ def test_a_diverged_run_that_goes_on_has_its_steps_looked_at_before_it_is_ended(
     made.engine._objective = lambda outputs, batch: replace(terms := objective(outputs, batch), sum=terms.sum * float("nan"))
     with pytest.raises(DivergedError, match=r"^3 steps in a row"):
         train(made)
+
+
+def test_a_diverged_run_keeps_the_time_that_it_took(start: Any, tmp_path: Path) -> None:
+    made = start(tmp_path, "train.max_skips=2", "train.eval_every=0")
+    objective = made.engine._objective
+
+    def late(outputs: Any, batch: Any) -> Any:
+        terms = objective(outputs, batch)
+        return replace(terms, sum=terms.sum * float("nan")) if made.engine.updates == 6 else terms
+
+    made.engine._objective = late
+    with pytest.raises(DivergedError):
+        train(made)
+    told = metrics(tmp_path / "runs" / "tiny")[-1]
+    again = start(tmp_path, "train.max_skips=2", "train.eval_every=0")
+    assert told["step"] == again.engine.updates == 6 and again.start.seconds >= told["time_s"] > 0
+
+
+def test_a_text_of_a_step_that_is_taken_again_is_written_once(start: Any, tmp_path: Path) -> None:
+    options = ("train.steps=6", "train.sample_tokens=3", "train.sample_every=2", "train.eval_every=0", "checkpoint.every=4")
+    made = start(tmp_path, *options)
+    real = made.engine.train_step
+
+    def killed(*args: Any, **settings: Any) -> Any:
+        if made.engine.updates == 3:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    made.engine.train_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        train(made)
+    assert train(start(tmp_path, *options)) == EXIT_OK
+    text = (tmp_path / "runs" / "tiny" / "samples.txt").read_text(encoding="utf-8")
+    assert [int(line.split()[2].rstrip(",")) for line in text.splitlines() if line.startswith("--- step")] == [2, 4, 6]
+
+
+def test_a_run_that_begins_from_one_that_stopped_early_has_a_patience_of_its_own(start: Any, tmp_path: Path) -> None:
+    early = ("train.steps=20", "train.eval_every=1", "train.patience=2", "train.best_metric=val_accuracy")
+    made = start(tmp_path, *early, "optim.lr=1e-12")
+    assert train(made) == EXIT_OK and made.engine.updates == 3
+    made = start(tmp_path, *early, "name=other", f"resume={tmp_path / 'runs' / 'tiny'}", "optim.lr=1e-12")
+    assert made.start.best.step is None and train(made) == EXIT_OK and made.engine.updates == 6
+    assert os.readlink(tmp_path / "runs" / "other" / "checkpoints" / "best") == "step-4"

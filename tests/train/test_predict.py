@@ -346,6 +346,22 @@ def test_the_head_for_tokens_of_several_fills_masks_too(tmp_path: Path) -> None:
     assert out.read_text().splitlines() == [f"a g{source.tokenizer.decode(logits.argmax(-1)[ids.index(source.roles.mask)])}od film", "no"]
 
 
+def test_a_file_for_one_of_several_heads_measures_it_alone(tmp_path: Path) -> None:
+    file = str(write_tables(tmp_path / "tables")["labelled.tsv"])
+    labelled = {"kind": "tsv", "path": file, "names": ["text", "label"]}
+    heads = {"mood": {"kind": "classification"}, "other": {"kind": "classification"}}
+    config = task_config(
+        "multi_task", tmp_path, task={"kind": "multi_task", "tasks": heads}, train={"steps": 1, "eval_every": 0},
+        data={"sources": [{**labelled, "task": "mood"}, {**labelled, "task": "other"}]},
+    )
+    assert run_tiny(ONE, config) == 0
+    folder = tmp_path / "runs" / "small"
+    assert cli.run(["eval", str(folder), "--data", file, "--task", "mood", "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert list(found["confusion"]) == ["mood"] and found["val_other.samples"] == 0 and found["val_mood.samples"] > 0
+    assert [path.name for path in (folder / "report").glob("confusion-*")] == ["confusion-labelled-mood.png"]
+
+
 def test_what_cannot_be_predicted_is_told_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, file = classifier(place), lines(tmp_path / "in.txt")
     ensemble = open_ensemble([folder])
