@@ -258,7 +258,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """As sentencepiece's: a word begins with its space, which a text's first word loses; every text is put between <s> and </s>."""
+    """As sentencepiece's: a word begins with its space, which a text's first loses; every text is put between <s> and </s>."""
     vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, "▁the": 3, "▁cat": 4, "▁sat": 5, "▁on": 6, "ting": 7}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -268,7 +268,8 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def test_text_that_goes_on_keeps_the_space_before_its_first_word() -> None:
     tokenizer = word_tokenizer()
-    for after, ids, text in (([0, 3], [4, 5], " cat sat"), ([0, 5], [7, 6], "ting on"), ([0], [4, 5], "cat sat"), ([], [4], "cat")):
+    cases = (([0, 3], [4, 5], " cat sat"), ([0, 5], [7, 6], "ting on"), ([0], [4, 5], "cat sat"), ([], [4], "cat"))
+    for after, ids, text in cases:
         assert "".join(decode_stream(tokenizer, ids, after=after)) == text
     model = model_of("llama")
     texts = sample_text(

@@ -113,14 +113,19 @@ class Bench:
             self._job.leave()
 
     def _case(self, config: Any) -> Case:
-        """The case of a config; in a job, rank 0 makes the tokens while the others wait."""
-        if self._job is None or self._job.rank == 0:
-            case = self._cases.case(config)
-        if self._job is not None:
+        """The case of a config; in a job, rank 0 makes the tokens while the others wait.
+
+        Raises:
+            DistllmError: a model or data that cannot be; on every rank, also where it is rank 0 that finds it.
+        """
+        if self._job is None:
+            return self._cases.case(config)
+        try:
+            if self._job.rank == 0:
+                return self._cases.case(config)
+        finally:
             self._job.meet()
-            if self._job.rank > 0:
-                case = self._cases.case(config)
-        return case
+        return self._cases.case(config)
 
     def _on_ranks(self, function: Callable[[World], T], size: int) -> list[T] | Broken:
         timeout = self.options.timeout_s

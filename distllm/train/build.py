@@ -205,12 +205,14 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     checkpoints.reserve(engine.state())
     found = _resume_point(config, checkpoints)
     facts = _restore(found, engine, checkpoints, run_data=data, config=config, mesh=mesh) if found else {}
-    start = _position(found, facts, own=found.folder.parent == checkpoints.folder) if found else Position()
-    if found and _is_best(found, start, checkpoints, keeps=config.train.keep_best or config.train.patience > 0):
+    own = found is not None and found.folder.parent == checkpoints.folder
+    start = _position(found, facts, own=own) if found else Position()
+    if found and own and found.step == start.best.step and (config.train.keep_best or config.train.patience > 0):
         checkpoints.mark_best(found.step)  # a kill may have come between its save and its link
     tracker = Tracker(
         folder.path, config=config.track, resolved=config.model_dump(mode="json"),
-        run_id=comm.main_first(lambda: read_run_id(folder), world) or facts.get("wandb_id"), is_main=world.is_main, log=log,
+        run_id=comm.main_first(lambda: read_run_id(folder), world) or (facts.get("wandb_id") if own else None),
+        is_main=world.is_main, log=log,
     )  # fmt: skip
     if world.is_main:
         keep_run_id(folder, tracker.run_id)
@@ -368,11 +370,6 @@ def _position(found: Found, facts: dict[str, Any], *, own: bool) -> Position:
         return Position(**{**saved, "best": Best(**saved["best"]) if own else Best()})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{found.folder}: its position is of another version of distllm ({error})") from error
-
-
-def _is_best(found: Found, start: Position, checkpoints: CheckpointManager, *, keeps: bool) -> bool:
-    """Whether a run that keeps its best checkpoint goes on from just that."""
-    return keeps and found.folder.parent == checkpoints.folder and found.step == start.best.step
 
 
 def _peak(config: Config, world: World) -> float | None:

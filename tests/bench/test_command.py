@@ -172,13 +172,14 @@ def test_a_table_grows_on_a_terminal_and_tells_what_is_left(
 
 
 def test_inside_a_job_its_ranks_run_the_cells_and_outlive_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two ranks of a launcher: cells of one and of both, one too large for the job, one whose model does not fit."""
+    """Two ranks of a launcher: cells of one and of both, one too large for the job, two whose model does not fit."""
     tiny_config(tmp_path)
-    argv = ["bench", str(tmp_path / "tiny.yaml"), "--grid", "ranks=1,2,4", "--grid", "layout.pp=2 layout.pp_split=[5,5]"]
+    grids = ("model.sizes.num_attention_heads=5 ranks=2", "ranks=1,2,4", "layout.pp=2 layout.pp_split=[5,5]")
+    argv = ["bench", str(tmp_path / "tiny.yaml"), *(word for grid in grids for word in ("--grid", grid))]
     assert launch.local_ranks([*argv, *SHORT, "--out", str(tmp_path / "out")], 2) == 0
     printed = capfd.readouterr()
     found = cells(tmp_path)
-    assert [cell["status"] for cell in found.values()] == [MEASURED, MEASURED, REFUSED, REFUSED], printed
+    assert [cell["status"] for cell in found.values()] == [REFUSED, MEASURED, MEASURED, REFUSED, REFUSED], printed
     assert found["ranks=4"]["why"] == "ranks=4: this job has 2 ranks; nearest: 2"
     assert printed.out.count("ranks=1 ") == 1  # the first rank alone speaks
     hardware = json.loads((tmp_path / "out" / "bench.json").read_text())["hardware"]

@@ -181,3 +181,13 @@ def test_a_run_that_begins_from_one_that_stopped_early_has_a_patience_of_its_own
     made = start(tmp_path, *early, "name=other", f"resume={tmp_path / 'runs' / 'tiny'}", "optim.lr=1e-12")
     assert made.start.best.step is None and train(made) == EXIT_OK and made.engine.updates == 6
     assert os.readlink(tmp_path / "runs" / "other" / "checkpoints" / "best") == "step-4"
+
+
+def test_a_run_that_begins_from_another_is_no_attempt_of_its_tracked_run(start: Any, tmp_path: Path) -> None:
+    """W&B leaves out steps that a run has already, so those from OLD's checkpoint on would be lost in OLD's."""
+    made, first = start(tmp_path, "train.steps=2", "train.eval_every=0"), tmp_path / "runs" / "tiny"
+    made.tracker.run_id = "abcd"
+    assert train(made) == EXIT_OK
+    assert start(tmp_path, "train.steps=3", "train.eval_every=0").tracker.run_id == "abcd"
+    assert start(tmp_path, "name=other", f"resume={first}", "train.steps=3").tracker.run_id is None
+    assert not (tmp_path / "runs" / "other" / "wandb_id").exists()
