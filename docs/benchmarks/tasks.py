@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from fnmatch import fnmatch
 from itertools import product
@@ -42,13 +43,41 @@ COMMAND = str(Path(sys.executable).parent / "distllm")
 SEEDS = (1, 2, 3)
 FEW = 1000
 """Sentences, the first of the training file, of the comparison where labels are few."""
-FEW_STEPS = ("train.steps=100", "schedule.warmup=10", "train.eval_every=20")
-FINE_TUNINGS = {"": tuple(range(1, 13)), "few_": tuple(range(1, 11))}
-"""The seeds of the pre-trained encoder's fine-tunings, and of the same from random weights: on all sentences and on few."""
-RATES = {"": ("5e-4", "1e-3", "2e-3", "4e-3"), "few_": ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")}
-"""What the learning rate of both was chosen from, by the mean validation accuracy of the first two seeds."""
-CHOSEN = {"finetune": "2e-3", "scratch": "2e-3", "few_finetune": "5e-4", "few_scratch": "2e-3"}
-"""The learning rate that was chosen; only there the test set is asked. The configs have those for all sentences."""
+RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A pre-trained encoder's fine-tunings, and those of the same encoder from random weights."""
+
+    configs: str
+    """The folder of configs that has pretrain, finetune and scratch; the tokenizer of both is that of pretrain."""
+    seeds: tuple[int, ...]
+    rates: tuple[str, ...]
+    """What the learning rate of both was chosen from, by the mean validation accuracy of the first seeds."""
+    chosen: dict[str, str]
+    """The learning rate that was chosen for each; only there the test set is asked. The configs have those for all sentences."""
+    tried: dict[str, int] = field(default_factory=lambda: {"finetune": 2, "scratch": 2})
+    """By how many seeds."""
+    few: bool = False
+    """Whether the first FEW sentences are all."""
+
+    def changes(self, work: Path) -> list[str]:
+        """What a comparison on few sentences changes in its configs."""
+        steps = ["train.steps=100", "schedule.warmup=10", "train.eval_every=20"]
+        return [f"data.sources.0.path={work}/sst2_{FEW}.tsv", *steps] if self.few else []
+
+
+COMPARISONS = {
+    "encoder": Comparison("encoder", tuple(range(1, 13)), RATES, {"finetune": "2e-3", "scratch": "2e-3"}),
+    "encoder_few": Comparison(
+        "encoder", tuple(range(1, 11)), ("2.5e-4", *RATES), {"finetune": "5e-4", "scratch": "2e-3"}, few=True
+    ),
+    "byte_encoder": Comparison(
+        "byte_encoder", tuple(range(1, 5)), ("2.5e-4", "5e-4", "1e-3", "2e-3"), {"finetune": "5e-4", "scratch": "1e-3"},
+        tried={"finetune": 2, "scratch": 1},
+    ),
+}
 
 
 def run(words: Sequence[str]) -> None:
@@ -80,15 +109,20 @@ def plans(data: Path, work: Path, encoder: str) -> dict[str, tuple[list[str], li
         made[f"sst2_{name}"] = ([f"configs/sst2/{name}.yaml", *sst2, f"model.path={encoder}"], test)
     for name in ("transformer", "gru"):
         made[f"multi30k_{name}"] = ([f"configs/multi30k/{name}.yaml", *pairs], flickr_test)
-    made["encoder_pretrain"] = (["configs/encoder/pretrain.yaml", *texts], [])
-    for arm, start in (("finetune", "model.path="), ("scratch", "data.tokenizer.path=")):
-        place = f"{runs}/encoder_pretrain" + ("" if arm == "finetune" else "/tokenizer")
-        own = [f"configs/encoder/{arm}.yaml", *sst2, start + place]
-        for size, some in (("", []), ("few_", [f"data.sources.0.path={work}/sst2_{FEW}.tsv", *FEW_STEPS])):
-            for rate, seed in product(RATES[size], FINE_TUNINGS[size]):
-                name, chosen = f"encoder_{size}{arm}_lr_{rate}_{seed}", rate == CHOSEN[size + arm]
-                if chosen or seed in FINE_TUNINGS[size][:2]:
-                    made[name] = ([*own, *some, f"optim.lr={rate}", f"seed={seed}", f"name={name}"], test if chosen else [])
+    starts = {
+        "encoder": ("model.path={}", "data.tokenizer.path={}/tokenizer"),
+        "byte_encoder": ("model.path={}", "data.tokenizer.kind=bytes"),
+    }
+    for folder in starts:
+        made[f"{folder}_pretrain"] = ([f"configs/{folder}/pretrain.yaml", *texts], [])
+    for comparison, these in COMPARISONS.items():
+        for arm, start in zip(these.chosen, starts[these.configs], strict=True):
+            first = start.format(runs / f"{these.configs}_pretrain")
+            own = [f"configs/{these.configs}/{arm}.yaml", *sst2, first, *these.changes(work)]
+            for rate, seed in product(these.rates, these.seeds):
+                name, chosen = f"{comparison}_{arm}_lr_{rate}_{seed}", rate == these.chosen[arm]
+                if chosen or seed in these.seeds[: these.tried[arm]]:
+                    made[name] = ([*own, f"optim.lr={rate}", f"seed={seed}", f"name={name}"], test if chosen else [])
     made["shakespeare_char"] = (["configs/shakespeare_char.yaml", *drama], [])
     for seed in SEEDS:
         own = ["configs/distill/student.yaml", *drama, f"seed={seed}"]
@@ -126,21 +160,22 @@ def students(runs: dict[str, Any]) -> dict[str, Any]:
     return {how: {"losses": some, "mean": statistics.mean(some), "stdev": statistics.stdev(some)} for how, some in losses.items()}
 
 
-def encoders(runs: dict[str, Any], size: str) -> dict[str, Any]:
+def encoders(runs: dict[str, Any], comparison: str) -> dict[str, Any]:
     """Fine-tuned and from random weights: validation accuracies at each learning rate, test accuracies over the seeds.
 
     Args:
         runs: the record's.
-        size: "" for all sentences, "few_" for few.
+        comparison: a name of COMPARISONS.
     """
-    told: dict[str, Any] = {}
-    for arm in (f"{size}finetune", f"{size}scratch"):
-        seeds = FINE_TUNINGS[size]
+    these, told = COMPARISONS[comparison], dict[str, Any]()
+    for arm, chosen in these.chosen.items():
         tried = {
-            rate: statistics.mean(runs[f"encoder_{arm}_lr_{rate}_{seed}"]["summary"]["best_value"] for seed in seeds[:2])
-            for rate in RATES[size]
+            rate: statistics.mean(
+                runs[f"{comparison}_{arm}_lr_{rate}_{seed}"]["summary"]["best_value"] for seed in these.seeds[: these.tried[arm]]
+            )
+            for rate in these.rates
         }
-        some = [runs[f"encoder_{arm}_lr_{CHOSEN[arm]}_{seed}"]["test"]["val_accuracy"] for seed in seeds]
+        some = [runs[f"{comparison}_{arm}_lr_{chosen}_{seed}"]["test"]["val_accuracy"] for seed in these.seeds]
         told[arm] = {
             "validation_accuracy_of_rate": tried, "test_accuracies": some, "mean": statistics.mean(some),
             "stdev": statistics.stdev(some),
@@ -183,15 +218,15 @@ def main() -> None:
             if name == "sst2_minilm":
                 shutil.copy(folder / "report" / "confusion-test.png", args.out.with_name("confusion_sst2_minilm.png"))
             entry["eval"] = shown(["eval", str(folder), *measuring], args.data.resolve(), work)
-        if name == "encoder_pretrain":
+        if name.endswith("encoder_pretrain"):
             entry["most_frequent"] = most_frequent(folder)
         record["runs"][name] = entry
         if all(f"student_{seed}{ending}" in record["runs"] for seed in SEEDS for ending in ("", "_alone")):
             record["students"] = students(record["runs"])
-        for size, key in (("", "encoders"), ("few_", "encoders_few")):
-            arms = [run for run in every if run.startswith((f"encoder_{size}finetune", f"encoder_{size}scratch"))]
+        for comparison in COMPARISONS:
+            arms = [run for run in every if run.startswith((f"{comparison}_finetune", f"{comparison}_scratch"))]
             if all(run in record["runs"] for run in arms):
-                record[key] = encoders(record["runs"], size)
+                record["encoders"] = record.get("encoders", {}) | {comparison: encoders(record["runs"], comparison)}
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
