@@ -198,15 +198,23 @@ def keep_likely(logits: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tens
     return logits
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str], *, device: torch.device, chat: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as `input_ids` and `attention_mask`, int64 [B, S], padded on the left.
 
     An empty prompt becomes the end-of-document token, after which a document begins.
 
+    Args:
+        tokenizer: of transformers.
+        prompts: texts.
+        device: where to put them.
+        chat: they are conversations with all special tokens in them (`prompt_text`): the tokenizer adds none.
+
     Raises:
         DataError: an empty prompt with a tokenizer that has no such token.
     """
-    rows = [list(tokenizer(prompt, add_special_tokens=True)["input_ids"]) if prompt else [] for prompt in prompts]
+    rows = [_prompt_ids(tokenizer, prompt, chat=chat) if prompt else [] for prompt in prompts]
     for i, row in enumerate(rows):
         if not row:
             start = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
@@ -217,6 +225,16 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, device: torch.devi
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """The ids of a prompt; an end that the tokenizer puts after every text is left out, as the text goes on."""
+    plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if chat:
+        return plain
+    ids = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+    added = ids[-1 - len(plain) : -1] == plain and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return ids[:-1] if added else ids
 
 
 def sample_text(
@@ -230,6 +248,7 @@ def sample_text(
     device: torch.device,
     to_the_end: bool = False,
     weights: Sequence[float] = (),
+    chat: bool = False,
 ) -> list[str]:
     """Continue prompts as text; what is returned does not repeat the prompt and ends before the end-of-document token.
 
@@ -244,8 +263,9 @@ def sample_text(
         to_the_end: compute all `max_tokens` even where every text has ended. For a model that ranks share: one that
             stopped alone, because its last bit fell otherwise, would leave the others waiting in a collective.
         weights: as in `stream`.
+        chat: as in `encode_prompts`.
     """
-    ids, mask = encode_prompts(tokenizer, prompts, device=device)
+    ids, mask = encode_prompts(tokenizer, prompts, device=device, chat=chat)
     end = tokenizer.eos_token_id
     tokens = stream(
         model, input_ids=ids, attention_mask=mask, sampling=sampling, eos_id=None if to_the_end else end,
@@ -253,18 +273,24 @@ def sample_text(
     )  # fmt: skip
     written = torch.stack(list(tokens), dim=1).tolist()
     rows = [row[: row.index(end)] if end in row else row for row in written]
-    return ["".join(decode_stream(tokenizer, row)) for row in rows]
+    before = [row[seen].tolist() for row, seen in zip(ids, mask.bool(), strict=True)]
+    return ["".join(decode_stream(tokenizer, row, after=prompt)) for row, prompt in zip(rows, before, strict=True)]
 
 
-def decode_stream(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokenizer: Any, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
     """Text of a stream of ids, in pieces that never cut a character; joined, they are the text of all ids.
 
     A byte-level tokenizer may spread one character over up to four ids; an unfinished one decodes to replacement
     characters at the end, at most three, which are held back until it is complete or the ids end. With byte fallback an
     unfinished one also takes back complete ones before it for that time; four ids later what is back is no text.
+
+    Args:
+        tokenizer: of transformers.
+        ids: one after the other.
+        after: the ids of the text that they continue. Many tokenizers drop the space before a text's first word.
     """
-    window: list[int] = []
-    shown = text = ""
+    window, text = _context(tokenizer, after)
+    shown = text
     taken_back = 0
     for token in ids:
         window.append(token)
@@ -282,3 +308,13 @@ def decode_stream(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
             shown = text = tokenizer.decode(window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if len(text) > len(shown):
         yield text[len(shown) :]
+
+
+def _context(tokenizer: Any, ids: Sequence[int]) -> tuple[list[int], str]:
+    """The fewest last ids that decode to whole characters, and their text; none where there are no such ids."""
+    for count in range(1, min(8, len(ids)) + 1):
+        last = list(ids[-count:])
+        text: str = tokenizer.decode(last, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if text and REPLACEMENT not in text:
+            return last, text
+    return [], ""

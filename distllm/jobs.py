@@ -98,8 +98,8 @@ def _line(folder: Path, name: str, queue: dict[str, str]) -> RunLine:
 
 def _state(run: Path, state: dict[str, Any], queued: dict[str, Any], queue: dict[str, str]) -> str:
     """done, running, queued, stopped, failed, killed, or new; SLURM is asked about jobs of its own."""
-    job = str(queued.get("job") or state.get("job") or "")
-    in_queue = queue.get(job, "")
+    # A job that was submitted again by its own script has another number than the one that was given out first.
+    in_queue = next((queue[job] for job in (str(queued.get("job")), str(state.get("job"))) if job in queue), "")
     if in_queue in ("PENDING", "CONFIGURING", "REQUEUED", "SPECIAL_EXIT"):
         return "queued"
     if not state:
@@ -130,17 +130,23 @@ def _alive(pid: int) -> bool:
 
 
 def _queue() -> dict[str, str]:
-    """The state of each of this user's jobs, by number; empty where there is no SLURM."""
+    """The state of each of this user's jobs, by number; of an array by ARRAY_INDEX too. Empty where there is no SLURM."""
     if shutil.which("squeue") is None:
         return {}
     try:
         done = subprocess.run(
-            ["squeue", "-h", "--me", "-o", "%A %T"], capture_output=True, text=True, timeout=10, check=False
+            ["squeue", "-h", "-r", "--me", "-o", "%A %F_%K %T"], capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    pairs = [line.split() for line in done.stdout.splitlines()]
-    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+    found: dict[str, str] = {}
+    for row in (line.split() for line in done.stdout.splitlines()):
+        if len(row) == 3:
+            number, element, state = row
+            found[element] = state
+            if element.endswith("_N/A") or state != "PENDING":  # those of an array that wait all have the array's number
+                found[number] = state
+    return found
 
 
 def _last(file: Path) -> tuple[list[dict[str, Any]], float | None]:

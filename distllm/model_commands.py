@@ -75,13 +75,16 @@ def evaluate(
         check_output(json, inputs=[f for f in (data, target) if f is not None])
     choice = Choice(which, average)
     if harness is not None:
-        from distllm.checkpoint.hf import read_cleaning
+        from distllm.checkpoint.hf import read_texts
         from distllm.data.clean import cleans
         from distllm.train.harness import run_harness
 
         with exported(source, choice=choice, trust=trust) as (folder, kind):
-            if cleans(read_cleaning(folder)):
+            learned = read_texts(folder)
+            if learned is not None and cleans(learned.clean):
                 say("--harness: its texts are not cleaned as those of the training were (data.clean)")
+            if learned is not None and learned.prefix:
+                say(f"--harness: its texts do not begin with {learned.prefix!r} as those of the training did")
             figures = run_harness(folder, harness.split(","), kind=kind, batch=batch, device=real_device(device), limit=limit)
         found = Measured(source, figures)
     else:
@@ -205,7 +208,8 @@ def export(
 ) -> int:
     """Write a model folder that plain transformers loads."""
     must_exist(source)
-    from distllm.checkpoint.hf import read_cleaning
+    from distllm.checkpoint.hf import read_texts
+    from distllm.data.clean import cleans, told
     from distllm.train.inference import Choice, export_source, loader_of
 
     written = export_source(source, folder, choice=Choice(which, average), trust=trust)
@@ -216,9 +220,12 @@ def export(
     if not loader.startswith("Auto"):
         call = f"{loader}({str(min(written.glob('*.safetensors')))!r})"
     print(f"written  {written}")
-    if cleaning := read_cleaning(written).model_dump(exclude_defaults=True):
-        told = ", ".join(f"{name}={str(value).lower()}" for name, value in cleaning.items())
-        print(f"cleaned  data.clean: {told}; distllm cleans what it is asked alike, and for transformers it is yours to do")
+    texts = read_texts(written)
+    if texts is not None and cleans(texts.clean):
+        what = "distllm cleans what it is asked alike, and for transformers it is yours to do"
+        print(f"cleaned  data.clean: {told(texts.clean)}; {what}")
+    if texts is not None and texts.prefix:
+        print(f"prefix   {texts.prefix!r}; distllm puts it before what it is asked, and for transformers it is yours to do")
     print(f"next     distllm {use.format(written if answers else source)}")
     print(f"         {call}")
     return EXIT_OK

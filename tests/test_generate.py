@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from distllm.config.errors import DataError
 from distllm.config.schema import Config, DataConfig, ModelConfig
+from distllm.data.chat import prompt_text
 from distllm.generate import Sampling, choose, decode_stream, encode_prompts, keep_likely, sample_text, stream
 from distllm.models.build import resolve_spec
 from tests.models.families import filled, random_ids, spec_of
@@ -254,3 +255,33 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """As sentencepiece's: a word begins with its space, which a text's first loses; every text is put between <s> and </s>."""
+    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, "▁the": 3, "▁cat": 4, "▁sat": 5, "▁on": 6, "ting": 7}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_text_that_goes_on_keeps_the_space_before_its_first_word() -> None:
+    tokenizer = word_tokenizer()
+    cases = (([0, 3], [4, 5], " cat sat"), ([0, 5], [7, 6], "ting on"), ([0], [4, 5], "cat sat"), ([], [4], "cat"))
+    for after, ids, text in cases:
+        assert "".join(decode_stream(tokenizer, ids, after=after)) == text
+    model = model_of("llama")
+    texts = sample_text(
+        model, tokenizer=tokenizer, prompts=["the cat", "the"], sampling=Sampling(9, temperature=0.0), device=torch.device("cpu")
+    )
+    assert all(not text or text.startswith((" ", "ting")) for text in texts) and any(texts)
+
+
+def test_a_prompt_goes_on_where_it_ends_and_a_chat_has_its_special_tokens_once() -> None:
+    tokenizer, device = word_tokenizer(), torch.device("cpu")
+    assert encode_prompts(tokenizer, ["the cat"], device=device)[0].tolist() == [[0, 3, 4]]
+    assert encode_prompts(tokenizer, ["the</s>"], device=device)[0].tolist() == [[0, 3, 1]]
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompt = prompt_text([{"role": "user", "content": "the cat"}], tokenizer)
+    assert encode_prompts(tokenizer, [prompt], device=device, chat=True)[0].tolist() == [[0, 3, 4]]

@@ -57,7 +57,7 @@ def test_states(quiet: Path) -> None:
 
 def test_what_slurm_says_counts(quiet: Path) -> None:
     squeue = quiet.parent / "bin" / "squeue"
-    squeue.write_text("#!/bin/sh\necho 7 PENDING; echo 8 RUNNING\n")
+    squeue.write_text("#!/bin/sh\necho 7 7_N/A PENDING; echo 8 8_N/A RUNNING\n")
     squeue.chmod(0o755)
     (quiet / ".launch" / "waits").mkdir(parents=True)
     (quiet / ".launch" / "waits" / "job.json").write_text('{"job": "7"}')
@@ -65,6 +65,21 @@ def test_what_slurm_says_counts(quiet: Path) -> None:
     run(quiet, "gone", state={"state": "running", "host": "n1", "job": "6"})
     assert {line.name: (line.state, line.where) for line in runs_of(quiet)} == {
         "waits": ("queued", "job 7"), "there": ("running", "n1 job 8"), "gone": ("killed", "n1 job 6"),
+    }  # fmt: skip
+
+
+def test_each_run_of_an_array_has_a_state_of_its_own(quiet: Path) -> None:
+    """Of 4 runs, 2 at a time: what waits has the number of the array, and so has the last that runs."""
+    squeue = quiet.parent / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\necho 20 20_3 PENDING; echo 22 20_1 RUNNING; echo 23 20_2 RUNNING\n")
+    squeue.chmod(0o755)
+    for index in range(4):
+        (quiet / ".launch" / f"sweep-{index}").mkdir(parents=True)
+        (quiet / ".launch" / f"sweep-{index}" / "job.json").write_text(f'{{"job": "20_{index}"}}')
+    run(quiet, "sweep-0", state={"state": "ended", "code": 0, "job": "21"})
+    run(quiet, "sweep-1", state={"state": "running", "host": "n1", "job": "22"})
+    assert {line.name: line.state for line in runs_of(quiet)} == {
+        "sweep-0": "done", "sweep-1": "running", "sweep-2": "queued", "sweep-3": "queued",
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,10 +43,11 @@ class Bench:
         """Args:
         options: what was asked for.
         room: what there is to run on.
-        folder: for tokens that have to be made.
+        folder: for tokens that have to be made; `tidy` drops them.
         """
         self.options, self.room = options, room
-        self._cases = Cases(folder, synthetic=options.data == "synthetic")
+        self._tokens = folder / "tokens"
+        self._cases = Cases(self._tokens, synthetic=options.data == "synthetic")
         self._job = Job(room.job, cuda=room.gpus > 0) if room.job is not None else None
 
     @property
@@ -100,20 +102,30 @@ class Bench:
         """The ranks of each node of the job, on the rank that writes; None outside of a job."""
         return self._job.nodes() if self._job is not None and self.is_main else None
 
+    def tidy(self) -> None:
+        """Drop the tokens that were made: they are of the first part of the text, and no cell reads them any more."""
+        if self.is_main:
+            shutil.rmtree(self._tokens, ignore_errors=True)
+
     def leave(self) -> None:
         """Nothing more is to be run."""
         if self._job is not None:
             self._job.leave()
 
     def _case(self, config: Any) -> Case:
-        """The case of a config; in a job, rank 0 makes the tokens while the others wait."""
-        if self._job is None or self._job.rank == 0:
-            case = self._cases.case(config)
-        if self._job is not None:
+        """The case of a config; in a job, rank 0 makes the tokens while the others wait.
+
+        Raises:
+            DistllmError: a model or data that cannot be; on every rank, also where it is rank 0 that finds it.
+        """
+        if self._job is None:
+            return self._cases.case(config)
+        try:
+            if self._job.rank == 0:
+                return self._cases.case(config)
+        finally:
             self._job.meet()
-            if self._job.rank > 0:
-                case = self._cases.case(config)
-        return case
+        return self._cases.case(config)
 
     def _on_ranks(self, function: Callable[[World], T], size: int) -> list[T] | Broken:
         timeout = self.options.timeout_s
@@ -149,7 +161,10 @@ def bench(
         running = Bench(options, room=room, folder=folder)
         if running.is_main:  # before hours of measuring
             make_folder(folder, key="--out", value=str(folder), near="runs/bench")
-        rows, sides = _measured(running, cells)
+        try:
+            rows, sides = _measured(running, cells)
+        finally:
+            running.tidy()
     finally:
         torch.set_num_threads(threads)
     config = load(file, overrides).config

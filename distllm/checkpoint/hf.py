@@ -8,17 +8,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
 from distllm.config.errors import DataError, StorageError
 from distllm.config.machine import flush
-from distllm.config.schema import CleanConfig
-from distllm.data.clean import cleans
-from distllm.data.tokenizer import id_count
+from distllm.config.schema import CleanConfig, DecodeConfig
+from distllm.config.section import Positive, Section
+from distllm.data.tokenizer import id_count, never_written, roles_of
 from distllm.models.build import meta_model
 from distllm.models.spec import ModelSpec
 from distllm.models.weights import MARKER, persistent_names
@@ -26,6 +27,28 @@ from distllm.models.weights import MARKER, persistent_names
 WRITES = ("", "causal_lm", "sft", "seq2seq")
 """Tasks whose models write text, and so have a generation_config.json."""
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_*")
+
+
+class Texts(Section):
+    """How a run reads texts and writes them: what its model is asked elsewhere belongs read and answered alike."""
+
+    clean: CleanConfig = CleanConfig()
+    prefix: str = ""
+    """What was put before each, after the cleaning; "" where the sources differ in it."""
+    seq_len: Positive | None = None
+    """data.seq_len; None: not known."""
+    truncate: Literal["refuse", "head", "tail", "middle", "window"] = "refuse"
+    """data.truncate."""
+    stride: Positive = 64
+    """data.stride."""
+    cross_documents: bool = True
+    """data.cross_documents."""
+    decode: DecodeConfig = DecodeConfig()
+    """How an encoder-decoder writes."""
+
+
+_HOLDS = {"clean": "hold settings of data.clean", "prefix": "be a text", "decode": "hold settings of decode"}
+"""What the facts of a `Texts` must be; any other: as the setting of data."""
 
 
 def export(
@@ -36,7 +59,7 @@ def export(
     tokenizer_folder: Path | None,
     dtype: torch.dtype = torch.float32,
     max_file_bytes: int = 5_000_000_000,
-    clean: CleanConfig | None = None,
+    texts: Texts | None = None,
 ) -> None:
     """Write a model as safetensors with its config and tokenizer; the folder appears whole or not at all.
 
@@ -49,7 +72,8 @@ def export(
         tokenizer_folder: a tokenizer in transformers' format to copy, or None.
         dtype: the floating-point format to write the parameters in.
         max_file_bytes: the largest file to write, unless one tensor is larger.
-        clean: how the texts were cleaned that the model learned from; `distllm.json` keeps it, as transformers has no place.
+        texts: how the model's run reads and writes them; `distllm.json` keeps it, and generation_config.json what of it
+            transformers has a place for.
 
     Raises:
         StorageError: the target holds something else, or cannot be written.
@@ -62,7 +86,7 @@ def export(
         partial.mkdir()
         _write_tensors(partial, tensors, spec, dtype, max_file_bytes)
         if spec.hf_config is not None:
-            _write_config(partial, spec, tokenizer_folder, dtype)
+            _write_config(partial, spec, tokenizer_folder, dtype, texts)
         if tokenizer_folder is not None:
             _copy(tokenizer_folder, partial, TOKENIZER_FILES)
         if tokenizer_folder is not None and spec.hf_config is not None:
@@ -71,8 +95,8 @@ def export(
             "model": spec.name, "task": spec.task, "base": spec.base, "vocab_size": spec.vocab_size,
             "max_seq_len": spec.max_seq_len, "dtype": _text(dtype),
         }  # fmt: skip
-        if clean is not None and cleans(clean):
-            facts["clean"] = clean.model_dump(exclude_defaults=True)
+        if texts is not None:
+            facts |= texts.model_dump(exclude_defaults=True)
         # By this file a folder is known as an export, so that a new one may replace it.
         (partial / MARKER).write_text(json.dumps({"format": "export", **facts}, indent=2) + "\n")
         for file in partial.iterdir():
@@ -85,19 +109,24 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_cleaning(folder: Path) -> CleanConfig:
-    """How the texts were cleaned that an exported model learned from; another folder says nothing of it.
+def read_texts(folder: Path) -> Texts | None:
+    """How the run of an exported model reads and writes texts; None: another folder, which says nothing of it.
 
     Raises:
         DataError: what is written there is no such setting.
     """
     file = folder / MARKER
     if not file.is_file():
-        return CleanConfig()
+        return None
     try:
-        return CleanConfig.model_validate(json.loads(file.read_text(encoding="utf-8")).get("clean", {}))
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return Texts.model_validate({name: value for name, value in facts.items() if name in Texts.model_fields})
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        rule = f"`{name}` must {_HOLDS.get(name, f'be as data.{name}')}"
     except (ValueError, AttributeError):
-        raise DataError(f"{file}: damaged: `clean` must hold settings of data.clean; export the model again") from None
+        rule = "it must hold the facts of an export"
+    raise DataError(f"{file}: damaged: {rule}; export the model again")
 
 
 def check_target(folder: Path) -> None:
@@ -202,7 +231,9 @@ def _block_of(name: str, spec: ModelSpec) -> str | None:
     return None
 
 
-def _write_config(folder: Path, spec: ModelSpec, tokenizer_folder: Path | None, dtype: torch.dtype) -> None:
+def _write_config(
+    folder: Path, spec: ModelSpec, tokenizer_folder: Path | None, dtype: torch.dtype, texts: Texts | None
+) -> None:
     """config.json and generation_config.json, with the tokenizer's special ids."""
     import transformers
 
@@ -223,6 +254,8 @@ def _write_config(folder: Path, spec: ModelSpec, tokenizer_folder: Path | None, 
                     setattr(target, key, getattr(tokenizer, key, None))
             if generation.pad_token_id is None:
                 generation.pad_token_id = tokenizer.pad_token_id
+            if texts is not None and spec.task == "seq2seq":
+                generation = _written_alike(generation, spec, texts.decode, tokenizer)
         config.save_pretrained(folder)
         if spec.task in WRITES:
             generation.save_pretrained(folder)
@@ -239,6 +272,25 @@ def _generation_config(spec: ModelSpec) -> Any:
     if spec.task == "seq2seq":
         made.max_length = spec.max_seq_len or 512  # transformers stops after 20 tokens where nothing is said
     return made
+
+
+def _written_alike(known: Any, spec: ModelSpec, decode: DecodeConfig, tokenizer: Any) -> Any:
+    """The generation config by which plain transformers' `generate` writes what the run writes.
+
+    Of `known` only the ids stay: penalties and forced tokens that a pre-trained model came with are not in the run's search.
+    The length is told as max_length, which counts the start, because one who gives `generate` a max_length of his own, as
+    lm_eval does, would be overruled by a max_new_tokens.
+    """
+    import transformers
+
+    roles = roles_of(tokenizer)
+    ids = {name: getattr(known, name) for name in ("bos_token_id", "pad_token_id", "decoder_start_token_id")}
+    never = [*never_written(roles, start=spec.decoder_start), *range(id_count(tokenizer), spec.vocab_size or 0)]
+    penalty = {} if decode.beams == 1 else {"length_penalty": decode.length_penalty}  # of one beam transformers refuses it
+    length = min(decode.max_tokens, spec.max_seq_len or decode.max_tokens) + 1
+    return transformers.GenerationConfig(
+        **ids, eos_token_id=roles.eos, num_beams=decode.beams, **penalty, max_length=length, suppress_tokens=never or None
+    )
 
 
 def _fit_tokenizer(folder: Path, spec: ModelSpec) -> None:

@@ -286,7 +286,7 @@ class TrainConfig(Section):
     eval_every: NonNegative = 100
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_batches: NonNegative = 0
-    """Micro-batches a rank evaluates each time; 0 takes the whole validation set. The evaluation after the last step always takes it whole."""
+    """Micro-batches a rank evaluates each time; 0 takes the whole validation set. The evaluation after the last step always takes it whole, and is compared with those before by the same batches."""
     sample_every: NonNegative = 0
     """Steps between text samples; 0 samples only at the end."""
     sample_prompts: list[str] = [""]

@@ -47,6 +47,12 @@ def cleans(config: CleanConfig) -> bool:
     return config != CleanConfig()
 
 
+def told(config: CleanConfig) -> str:
+    """What a config asks for, as data.clean takes it: "lowercase=true, unicode=NFC"; "none" where all is off."""
+    given = config.model_dump(exclude_defaults=True)
+    return ", ".join(f"{name}={'true' if value is True else value}" for name, value in given.items()) or "none"
+
+
 def visible(text: str) -> str:
     """The text that a browser would show: no tags, comments, scripts and styles, entities resolved.
 

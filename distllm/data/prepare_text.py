@@ -90,6 +90,9 @@ def _without_repeats(sources: dict[str, Source], config: Config) -> dict[str, So
             again = [repeats.seen(text) for text in documents(shard)]
             shards.append(replace(shard, dropped=frozenset(i for i, repeated in enumerate(again) if repeated)))
             dropped, count = dropped + sum(again), count + len(again)
+        if 0 < count == dropped:
+            rule = f"all {count} documents repeat earlier ones, and data.dedup drops them; leave the source out"
+            raise DataError(f"{source.label}: {rule}")
         log.info("%s: %d of %d documents repeat an earlier one and are dropped", source.label, dropped, count)
         found[name] = replace(source, shards=tuple(shards))
     return found

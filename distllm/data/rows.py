@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -53,6 +53,12 @@ class _Cell:
     setting: str
     """The source's setting that names it."""
     column: str
+
+
+def prefix_of(sources: Sequence[SourceConfig]) -> str:
+    """What all sources put before their texts, and so belongs before one that is asked; "" where they differ."""
+    found = {source.prefix for source in sources}
+    return found.pop() if len(found) == 1 else ""
 
 
 def task_kind(config: Config, source: SourceConfig) -> str:

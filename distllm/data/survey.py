@@ -38,7 +38,7 @@ def survey(config: Config, named: Named) -> Survey:
         named: (store name, source), the training sources first.
 
     Raises:
-        DataError: a row is wrong, or a label of the validation data is not among those of training.
+        DataError: a row is wrong, nothing is left of a source, or a label of the validation data is not among those of training.
     """
     repeats = {task: Repeats(config.data.dedup) for task in ("", *config.task.tasks)}  # a text may be an example of two
     seen: dict[str, set[str]] = {}
@@ -64,6 +64,9 @@ def survey(config: Config, named: Named) -> Survey:
                 class_of(row, given or (labels or {})[task], source, given=bool(given))
         counts[name] = count - len(again)
         if training:
+            if again and not counts[name]:
+                rule = f"all {count} examples repeat earlier ones, and data.dedup drops them; leave the source out"
+                raise DataError(f"{source.path}: {rule}")
             dropped[name] = frozenset(again)
             if drops(config.data.dedup):
                 log.info("%s: %d of %d examples repeat an earlier one and are dropped", source.path, len(again), count)

@@ -49,6 +49,16 @@ def roles_of(tokenizer: Any) -> Roles:
     )
 
 
+def never_written(roles: Roles, *, start: int | None) -> tuple[int, ...]:
+    """The ids that no text written by an encoder-decoder holds, rising.
+
+    Args:
+        roles: of its tokenizer.
+        start: what its decoder's input begins with.
+    """
+    return tuple(sorted({i for i in (roles.pad, roles.begin, roles.mask, start) if i is not None} - {roles.eos}))
+
+
 def check_roles(roles: Roles, config: Config) -> None:
     """Refuse a tokenizer that lacks a token which the task needs.
 

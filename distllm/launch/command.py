@@ -105,7 +105,7 @@ def run_local(job: Job) -> int:
         found = {s.name: s.value for s in settings(job, folder=folder, meet=folder, master=None)}
         if job.by == "deepspeed":
             Path(folder, "hostfile").write_text(hostfile(job), encoding="utf-8")
-        request = Request()
+        request = Request(saves=job.resumes)
         with request.caught():
             code = run_family(command(job, place), environment=os.environ | found, request=request)
         if code == EXIT_INTERRUPTED:

@@ -32,13 +32,17 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 class Request:
     """What the outside wants of a family: nothing, to save and end, or to end at once. Set from handlers and threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, saves: bool = True) -> None:
+        """Args:
+        saves: whether what runs saves and ends when it is asked to; else the first signal ends it at once.
+        """
         self.stop = threading.Event()
         self.kill = threading.Event()
+        self._saves = saves
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Take a signal: the first asks to stop, a second Ctrl-C kills."""
-        if number == signal.SIGINT and self.stop.is_set():
+        if not self._saves or (number == signal.SIGINT and self.stop.is_set()):
             self.kill.set()
         self.stop.set()
 
@@ -139,15 +143,16 @@ def _members() -> list[int]:
 def _parents() -> list[tuple[int, int]]:
     """(process, parent) of all; processes that are done and only wait to be collected are left out."""
     if sys.platform != "linux":
-        told = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=False).stdout
-        rows = [line.split() for line in told.splitlines()]
+        told = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, check=False).stdout
+        rows = [line.split() for line in told.decode(errors="replace").splitlines()]
         return [(int(row[0]), int(row[1])) for row in rows if len(row) == 3 and not row[2].startswith("Z")]
     found = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdecimal():
             continue
         try:
-            state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
+            # Errors replaced: the name in it is cut after 15 bytes, in the middle of a character too.
+            state, parent = Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
         except OSError:
             continue
         if state not in ("Z", "X"):

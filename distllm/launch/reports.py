@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distllm.config.errors import EXIT_LOST, EXIT_OK, EXIT_STOPPED
+from distllm.config.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def outcome(reports: Sequence[Report], *, code: int, size: int) -> tuple[int, li
         size: ranks in all.
 
     Returns:
-        The code of the rank that failed first; 75 when ranks stopped on request and none failed; and lines, the first
-        failure first.
+        The code of the rank that failed first; 7 when one ended without a report and the launcher says only 1; 75 when ranks
+        stopped on request and none failed; and lines, the first failure first.
     """
     failed = first_failure(reports)
     silent = sorted(set(range(size)) - {report.rank for report in reports})
@@ -93,7 +93,8 @@ def outcome(reports: Sequence[Report], *, code: int, size: int) -> tuple[int, li
         several = ", ".join(str(rank) for rank in silent[:8]) + (", ..." if len(silent) > 8 else "")
         was = f"rank{'s' if len(silent) > 1 else ''} {several} ended without a word"
         why = "killed (often: out of memory), or never started; the launcher's own lines above say more"
-        return (failed.code if failed is not None else code), [f"{was}: {why}"]
+        told = failed.code if failed is not None else EXIT_LOST if code == EXIT_BUG else code  # a bug would have been reported
+        return told, [f"{was}: {why}"]
     if any(report.code == EXIT_STOPPED for report in reports):
         return EXIT_STOPPED, []
     return code, []

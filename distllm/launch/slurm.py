@@ -59,11 +59,11 @@ def submit(job: Job) -> tuple[str, Path]:
 
 def _remember(job: Job, number: str) -> None:
     """Write the job's number where `distllm jobs` looks for runs that still wait."""
-    names = [f"{job.name}-{index}" for index in range(len(job.slurm.sweep))] or [job.name]
-    for name in names:
+    jobs = {f"{job.name}-{index}": f"{number}_{index}" for index in range(len(job.slurm.sweep))} or {job.name: number}
+    for name, its_number in jobs.items():
         folder = Path(job.out) / ".launch" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "job.json").write_text(json.dumps({"job": number}) + "\n", encoding="utf-8")
+        (folder / "job.json").write_text(json.dumps({"job": its_number}) + "\n", encoding="utf-8")
 
 
 def _refuse_waiting_for_ever(job: Job, number: str) -> None:

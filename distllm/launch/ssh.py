@@ -85,7 +85,7 @@ def run_ssh(job: Job, *, ssh: Sequence[str] = SSH) -> int:
     shared = Path(job.launch_folder) / "ssh"
     make_folder(shared, key="out", value=job.out, near="runs")
     clear_reports(shared)
-    request = Request()
+    request = Request(saves=job.resumes)
     with request.caught():
         nodes = [_connect(job, host, number, ssh) for number, host in enumerate(job.hosts)]
         patience_s = 1.0  # until something has been started

@@ -42,6 +42,10 @@ def convert(folder: Path, target: Path) -> None:
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise DataError(f"{file}: holds more than tensors, or is torn, and is not loaded: {reason}") from None
+        if not isinstance(loaded, dict) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
+            inside = [str(name) for name, value in loaded.items() if isinstance(value, dict)] if isinstance(loaded, dict) else []
+            where = f"it has {', '.join(inside[:5])}; save one of them alone" if inside else f"it holds a {type(loaded).__name__}"
+            raise DataError(f"{file}: holds no tensors by name: {where}")
         # Copies, because safetensors refuses tensors that share memory, as tied ones do.
         tensors |= {name: value.clone().contiguous() for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     try:

@@ -48,6 +48,7 @@ from distllm.train.folder import (
     keep_tokenizer,
     read_run_id,
     read_tokenizer,
+    rewind_samples,
 )
 from distllm.train.host import memory_of, random_state, restore_random_state, seed_rank, tune_host
 from distllm.train.start import as_the_user_named, laid_out, with_start, with_teacher
@@ -204,13 +205,18 @@ def _assemble(config: Config, world: World, *, resolved: Resolved, folder: RunFo
     checkpoints.reserve(engine.state())
     found = _resume_point(config, checkpoints)
     facts = _restore(found, engine, checkpoints, run_data=data, config=config, mesh=mesh) if found else {}
-    start = _position(found, facts) if found else Position()
+    own = found is not None and found.folder.parent == checkpoints.folder
+    start = _position(found, facts, own=own) if found else Position()
+    if found and own and found.step == start.best.step and (config.train.keep_best or config.train.patience > 0):
+        checkpoints.mark_best(found.step)  # a kill may have come between its save and its link
     tracker = Tracker(
         folder.path, config=config.track, resolved=config.model_dump(mode="json"),
-        run_id=comm.main_first(lambda: read_run_id(folder), world) or facts.get("wandb_id"), is_main=world.is_main, log=log,
+        run_id=comm.main_first(lambda: read_run_id(folder), world) or (facts.get("wandb_id") if own else None),
+        is_main=world.is_main, log=log,
     )  # fmt: skip
     if world.is_main:
         keep_run_id(folder, tracker.run_id)
+        rewind_samples(folder, engine.updates)
     tracker.rewind(engine.updates)
     meter = Meter(
         flops_per_token=spec.flops_per_token(config.data.seq_len) if spec.flops_per_token and packed(config) else None,
@@ -357,10 +363,11 @@ def _refuse_other_data(found: Found, facts: dict[str, Any], data: DataFacts, *, 
         )
 
 
-def _position(found: Found, facts: dict[str, Any]) -> Position:
+def _position(found: Found, facts: dict[str, Any], *, own: bool) -> Position:
+    """Where a checkpoint is; the best evaluation and the patience of another run, which may have other data, do not count."""
     try:
         saved = facts["position"]
-        return Position(**{**saved, "best": Best(**saved["best"])})
+        return Position(**{**saved, "best": Best(**saved["best"]) if own else Best()})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{found.folder}: its position is of another version of distllm ({error})") from error
 

@@ -20,6 +20,7 @@ from distllm.rank_facts import node_name
 from distllm.track.node_use import NodeUse, node_summaries
 from distllm.track.summary import Summary, render_summary
 from distllm.train.build import Position, Run
+from distllm.train.stopping import Best, out_of_patience
 from distllm.train.tasks import WRITES
 
 
@@ -44,7 +45,7 @@ def sample_text(run: Run, step: int) -> str | None:
             generator=torch.Generator(run.world.device).manual_seed(run.config.seed),
         )  # fmt: skip
     if run.world.is_main:
-        with (run.folder.path / "samples.txt").open("a", encoding="utf-8") as file:
+        with run.folder.samples.open("a", encoding="utf-8") as file:
             for prompt, text in zip(t.sample_prompts, texts, strict=True):
                 file.write(f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n")
     run.log.info(f"step {step}: sample: {t.sample_prompts[-1] + texts[-1]!r}")
@@ -54,21 +55,23 @@ def sample_text(run: Run, step: int) -> str | None:
 def tell_if_done(run: Run) -> bool:
     """Say so, and touch nothing, when the run has already taken and evaluated its last step."""
     steps, figures = run.config.train.steps, run.folder.path / "summary.json"
-    done = False
-    t = run.config.train
-    enough = 0 < t.patience <= run.start.best.bad
-    if (run.engine.updates >= steps or enough) and figures.exists():
-        done = json.loads(figures.read_text(encoding="utf-8")).get("steps") == run.engine.updates
+    done, step = False, run.engine.updates
+    if (step >= steps or out_of_patience(run.config.train, run.start.best)) and figures.exists():
+        last = json.loads(figures.read_text(encoding="utf-8"))
+        done = last.get("steps") == step and "val_loss" in last  # without it a signal came in the last step
     if done := broadcast(done, run.world):
-        run.log.info(f"{run.folder.path} is done, {steps} steps; to train on: {_again(run, more=True)}")
+        what = f"{steps} steps" if step >= steps else f"it stopped early at step {step}"
+        run.log.info(f"{run.folder.path} is done, {what}; to train on: {_again(run, run.start.best, more=True)}")
     return done
 
 
-def _again(run: Run, *, more: bool) -> str:
-    """The command that continues the run, or trains it for as many steps again."""
+def _again(run: Run, best: Best, *, more: bool) -> str:
+    """The command that continues the run, or trains it for as many steps, or as much patience, again."""
+    t = run.config.train
     trust = " --trust" if own_code(run.config) is not None else ""
-    steps = f" train.steps={2 * run.config.train.steps}" if more else ""
-    return f"distllm train {shlex.quote(str(run.folder.path))}{trust}{steps}"
+    key = f" train.patience={best.bad + t.patience}" if out_of_patience(t, best) else ""
+    key += f" train.steps={2 * t.steps}" if run.engine.updates >= t.steps else ""
+    return f"distllm train {shlex.quote(str(run.folder.path))}{trust}{key if more else ''}"
 
 
 def _activation() -> str | None:
@@ -92,7 +95,7 @@ def tell_end(
     if run.engine.unused:
         run.log.warning(f"{len(run.engine.unused)} parameters got no gradient: {', '.join(run.engine.unused[:5])}")
     step = run.engine.updates
-    total, again = run.config.train.steps, _again(run, more=not stopped)
+    total, again = run.config.train.steps, _again(run, at.best, more=not stopped)
     newest = next((folder for _, folder in candidates(run.folder.checkpoints)), None)
     summary = Summary(
         run_folder=run.folder.path, steps=step, total_steps=total, seconds=seconds, tokens=at.tokens,

@@ -15,6 +15,8 @@ import torch
 from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import Config
 from distllm.data.batch import Batch
+from distllm.data.clean import told
+from distllm.data.rows import prefix_of
 from distllm.train.inference import Choice, Source, open_source
 from distllm.train.objectives.tokens import logits_of
 
@@ -29,8 +31,14 @@ class Ensemble:
 
     @property
     def first(self) -> Source:
-        """The source whose config and tokenizer stand for all; it asks for token types where any member takes them."""
-        return replace(self.members[0], token_types=any(member.token_types for member in self.members))
+        """The source whose config and tokenizer stand for all.
+
+        It asks for token types where any member takes them, and for no more tokens at once than all take.
+        """
+        config, limit = self.members[0].config, self.max_len
+        if limit is not None and limit < config.data.seq_len:
+            config = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": limit})})
+        return replace(self.members[0], config=config, token_types=any(member.token_types for member in self.members))
 
     @property
     def name(self) -> str:
@@ -114,7 +122,7 @@ def open_ensemble(
 
     Raises:
         ConfigError: weights that do not fit, or models of different tasks.
-        DataError: models of different tokenizers or labels.
+        DataError: models of different tokenizers or labels, or whose texts are known to have been read otherwise.
     """
     if weights and len(weights) != len(sources):
         rule = f"{len(weights)} weights for {len(sources)} models; give one for each, the first one's first"
@@ -124,6 +132,7 @@ def open_ensemble(
     members = tuple(open_source(s, choice=choice, device=device, trust=trust) for s in sources)
     for other in members[1:]:
         _refuse_other(members[0], other)
+    _refuse_other_texts(members)
     given = list(weights) or [1.0] * len(members)
     return Ensemble(members, tuple(weight / sum(given) for weight in given))
 
@@ -137,6 +146,24 @@ def _refuse_other(first: Source, other: Source) -> None:
     mine, theirs = dict(first.labels), dict(other.labels)
     if {n: tuple(v) for n, v in mine.items()} != {n: tuple(v) for n, v in theirs.items()}:
         raise DataError(f"--ensemble={other.name}: has the labels {_told(theirs)}, and {first.name} {_told(mine)}")
+
+
+def _refuse_other_texts(members: Sequence[Source]) -> None:
+    """Refuse members known to have learned from texts that were read otherwise: all are given the same text."""
+    known = [member for member in members if member.texts_known]
+    for other in known[1:]:
+        mine, theirs = _texts(known[0].config), _texts(other.config)
+        for setting, value in theirs.items():
+            if value != mine[setting]:
+                rule = f"its training had {setting}: {value}, and that of {known[0].name} {mine[setting]}"
+                raise DataError(f"--ensemble={other.name}: {rule}; the members are given the same text")
+
+
+def _texts(config: Config) -> dict[str, str]:
+    """How a config reads its texts, by the settings."""
+    heads = {name: prefix_of([s for s in config.data.sources if (s.task or "") == name]) for name in config.task.tasks or [""]}
+    prefixes = {name: [repr(prefix)] for name, prefix in heads.items() if prefix}
+    return {"data.clean": told(config.data.clean), "data.sources.N.prefix": _told(prefixes)}
 
 
 def _outputs(config: Config) -> Any:

@@ -5,6 +5,7 @@ Shapes: N examples, C classes.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from distllm.config.check import resolve_layout
 from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import DataConfig, DecodeConfig, SourceConfig, TokenizerConfig, ValidationConfig
 from distllm.data.batch import IGNORE, Batch
-from distllm.data.clean import clean
+from distllm.data.clean import clean, told
 from distllm.data.example_store import ExampleStore
 from distllm.data.examples import ExampleSamples
 from distllm.data.loader import open_samples, validation_batches
@@ -29,12 +30,14 @@ from distllm.evaluate import Evaluation, evaluate
 from distllm.metrics.text import bits_per_byte, bleu_from, bleu_statistics, chrf_from, chrf_statistics
 from distllm.track.progress import Progress
 from distllm.train.ensemble import Ensemble
-from distllm.train.example_samples import alone, encode_file, head_of, samples_of
+from distllm.train.example_samples import alone, open_examples
 from distllm.train.files import Columns, source_of
 from distllm.train.inference import Source
 from distllm.train.predict import answer_outputs, answers_of
 from distllm.train.tasks import make_task
 from distllm.train.translate import plain_text, translate_ids
+
+log = logging.getLogger("distllm")
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,8 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="distllm-") as scratch:
         if on.data is not None and examples:
             source = source_of(first, on.data, columns=on.columns, task=on.task, target=on.target)
-            kind = head_of(first.config, on.task)
-            store = encode_file(first, source, kind=kind, folder=Path(scratch), labelled=True)
-            samples, sources = samples_of(first, store, source, truncate=on.truncate), [source]
+            _, samples = open_examples(first, source, folder=Path(scratch), labelled=True, truncate=on.truncate)
+            sources = [source]
         elif on.texts or on.data is not None:
             samples, sources = _packed(first, [*on.texts, *([on.data] if on.data else [])], folder=Path(scratch)), []
         else:
@@ -195,9 +197,10 @@ def _whole_documents(ensemble: Ensemble, batches: Iterator[Batch], samples: Exam
 
 
 def _confusions(result: Evaluation) -> dict[str, np.ndarray]:
-    """The confusion matrices among the sums, by task."""
-    found = {name.rpartition("confusion") for name in result.parts if name == "confusion" or name.endswith(".confusion")}
-    return {task.removesuffix("."): result.parts[task + what].numpy().round().astype(np.int64) for task, what, _ in found}
+    """The confusion matrices among the sums, by task; not of one of several tasks that had no sample."""
+    found = [name.rpartition("confusion") for name in result.parts if name == "confusion" or name.endswith(".confusion")]
+    every = {task.removesuffix("."): result.parts[task + what].numpy().round().astype(np.int64) for task, what, _ in found}
+    return {task: counts for task, counts in every.items() if counts.any()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,15 +218,21 @@ def _written(
         rows = zip(piece.sample_ids, piece.inputs["input_ids"], piece.inputs["attention_mask"].bool(), strict=True)
         inputs += [ids[seen].tolist() for number, ids, seen in rows if number >= 0]
     references: list[str] = []
+    cleaning, changed = first.config.data.clean, 0
     for k, store in enumerate(side.stores):
         texts = _targets(sources[k], store)
         for example in side.examples[k].tolist():
             references.append(texts[example] if texts is not None else plain_text(first, store.ids("target", example).tolist()))
+            changed += texts is not None and clean(texts[example], cleaning) != texts[example]
     found: dict[int, str] = {}
     with Progress(len(references), terminal=terminal, unit="translation") as bar:
         for part in translate_ids(ensemble, inputs, decode=decode or first.config.decode, batch=batch):
             found |= part
             bar.advance(len(found))
+    if changed:
+        rule = "so the model writes what cannot match them wholly, and BLEU and chrF are lower"
+        share = f"{changed} of {len(references)} references"
+        log.warning("%s are not as data.clean (%s) makes them, %s", share, told(cleaning), rule)
     hypotheses = [found[i] for i in range(len(references))]
     bleu, bleu_signature = bleu_from(bleu_statistics(hypotheses, references))
     chrf, chrf_signature = chrf_from(chrf_statistics(hypotheses, references))

@@ -31,6 +31,27 @@ def alone(config: Config) -> Config:
     return config.model_copy(update={"layout": LayoutConfig(), "train": TrainConfig()})
 
 
+def open_examples(
+    opened: Source, source: SourceConfig, *, folder: Path, labelled: bool, truncate: str | None
+) -> tuple[ExampleStore, Samples]:
+    """The examples of a file, tokenised, and as validation samples.
+
+    Args:
+        opened: the model.
+        source: from `files.source_of`; of a multi_task model for the head that it names.
+        folder: as in `encode_file`.
+        labelled: as in `encode_file`.
+        truncate: as in `samples_of`.
+
+    Raises:
+        ConfigError: the rule does not go with the task.
+        DataError: a row is wrong, has a label that training does not know, or is too long.
+    """
+    kind = head_of(opened.config, source.task or "")
+    store = encode_file(opened, source, kind=kind, folder=folder, labelled=labelled)
+    return store, samples_of(opened, store, source, truncate=truncate)
+
+
 def encode_file(opened: Source, source: SourceConfig, *, kind: str, folder: Path, labelled: bool) -> ExampleStore:
     """Tokenise the examples of a file.
 

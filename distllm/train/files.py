@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,10 @@ from typing import Any, TextIO
 from distllm.config.errors import ConfigError, DataError, StorageError
 from distllm.config.schema import CleanConfig, SourceConfig
 from distllm.data.clean import clean
-from distllm.data.rows import Row, read_rows
+from distllm.data.rows import Row, prefix_of, read_rows
 from distllm.train.inference import Source
 
+log = logging.getLogger("distllm")
 TABLES = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
@@ -42,7 +44,7 @@ def source_of(opened: Source, file: Path, *, columns: Columns, task: str = "", t
         target: for a plain text, the file of the targets.
 
     Raises:
-        ConfigError: a multi_task model and no such task.
+        ConfigError: a multi_task model and no such task, or a task and another model.
         DataError: the file is not there, or is empty.
     """
     for path in [file] if target is None else [file, target]:
@@ -53,15 +55,19 @@ def source_of(opened: Source, file: Path, *, columns: Columns, task: str = "", t
     tasks = opened.config.task.tasks
     if opened.kind == "multi_task" and task not in tasks:
         raise ConfigError([f"--task={task}: must be one of {', '.join(tasks)}; nearest: {next(iter(tasks))}"])
-    known = [s for s in opened.config.data.sources if opened.run is not None and (s.task or "") == task]
+    if opened.kind != "multi_task" and task:
+        raise ConfigError([f"--task={task}: is for multi_task, and {opened.name} is for {opened.kind}; leave it out"])
+    known = [s for s in opened.config.data.sources if (s.task or "") == task]
     trained = known[0] if known else SourceConfig()
+    if len({s.prefix for s in known}) > 1:
+        log.warning("%s: its sources differ in `prefix`, so none is put before the texts of %s", opened.name, file)
     kind = "parallel" if target is not None else TABLES.get(file.suffix.lower(), "text")
     given = {name: value for name, value in vars(columns).items() if value is not None}
     names = trained.names if kind == trained.kind else []
     return trained.model_copy(
         update={
             "kind": kind, "path": str(file), "target_path": None if target is None else str(target), "task": task or None,
-            "document": "line", "messages_column": None, "names": names, "hint": None, **given,
+            "prefix": prefix_of(known), "document": "line", "messages_column": None, "names": names, "hint": None, **given,
         }
     )  # fmt: skip
 

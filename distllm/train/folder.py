@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,11 @@ class RunFolder:
     def tokenizer(self) -> Path:
         """The folder of the tokenizer, kept so that the run can be used without its token store."""
         return self.path / "tokenizer"
+
+    @property
+    def samples(self) -> Path:
+        """The file of the texts that the model writes on the way, each after a line `--- step N, prompt ...`."""
+        return self.path / "samples.txt"
 
     @property
     def run_id(self) -> Path:
@@ -138,6 +145,17 @@ def read_labels(folder: Path) -> dict[str, tuple[str, ...]]:
     if not file.is_file():
         return {}
     return {name: tuple(names) for name, names in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def rewind_samples(folder: RunFolder, step: int) -> None:
+    """Drop the texts that were written after `step`, before a resume takes those steps again."""
+    if not folder.samples.exists():
+        return
+    text = folder.samples.read_bytes()
+    later = (head.start() for head in re.finditer(rb"^--- step (\d+), prompt ", text, re.MULTILINE) if int(head[1]) > step)
+    end = next(later, len(text))
+    if end < len(text):
+        os.truncate(folder.samples, end)
 
 
 def keep_run_id(folder: RunFolder, run_id: str | None) -> None:

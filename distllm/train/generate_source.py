@@ -43,12 +43,12 @@ def generate_source(
     if len(prompts) > 1:
         yield from sample_text(
             ensemble.models, tokenizer=first.tokenizer, prompts=prompts, sampling=sampling, max_len=ensemble.max_len,
-            generator=generator, device=first.device, weights=ensemble.weights,
+            generator=generator, device=first.device, weights=ensemble.weights, chat=first.kind == "sft",
         )  # fmt: skip
         return
-    ids, mask = encode_prompts(first.tokenizer, prompts, device=first.device)
+    ids, mask = encode_prompts(first.tokenizer, prompts, device=first.device, chat=first.kind == "sft")
     tokens = stream(
         ensemble.models, input_ids=ids, attention_mask=mask, sampling=sampling, eos_id=first.tokenizer.eos_token_id,
         vocab_size=id_count(first.tokenizer), max_len=ensemble.max_len, generator=generator, weights=ensemble.weights,
     )  # fmt: skip
-    yield from decode_stream(first.tokenizer, (int(token[0]) for token in tokens))
+    yield from decode_stream(first.tokenizer, (int(token[0]) for token in tokens), after=ids[0].tolist())

@@ -49,13 +49,15 @@ def run_harness(
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError([f"--harness={unknown[0]}: lm_eval has no such task; `lm_eval ls tasks` lists them"])
+    # Its stop words look at one row a question, so with the beams of a generation_config.json it would stop by another's.
+    written = {"num_beams": 1} if kind == "seq2seq" else None
     arguments: dict[str, str | int | float] = {
         "pretrained": str(folder), "backend": "seq2seq" if kind == "seq2seq" else "causal", "dtype": "float32",
     }  # fmt: skip
     try:
         found = simple_evaluate(
             model="hf", model_args=arguments, tasks=names, batch_size=batch, device=device, limit=limit, task_manager=manager,
-            log_samples=False, bootstrap_iters=0,
+            log_samples=False, bootstrap_iters=0, gen_kwargs=written,
         )  # fmt: skip
     except (OSError, ConnectionError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"--harness={','.join(names)}: {' '.join(str(error).split())[:200]}") from error

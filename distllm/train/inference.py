@@ -29,12 +29,13 @@ from distllm.checkpoint.find import (
     read_weights,
     step_folder,
 )
-from distllm.checkpoint.hf import export, read_cleaning
+from distllm.checkpoint.hf import Texts, export, read_texts
 from distllm.checkpoint.manifest import MANIFEST
 from distllm.config.errors import CheckpointError, ConfigError, DataError
-from distllm.config.schema import Config, DataConfig, ModelConfig, TaskConfig
+from distllm.config.schema import Config, DataConfig, ModelConfig, SourceConfig, TaskConfig
 from distllm.config.trust import refuse_own_code
 from distllm.data.prepare_examples import Labels
+from distllm.data.rows import prefix_of
 from distllm.data.tokenizer import Roles, id_count, roles_of
 from distllm.models.build import initial_tensors, meta_model, resolve_spec
 from distllm.models.hf_config import HEADS, max_positions
@@ -84,6 +85,8 @@ class Source:
     """Whether the model tells the texts of a pair apart by token types."""
     run: Path | None
     """The run's folder; None for a model folder, which has no data of its own."""
+    texts_known: bool
+    """Whether it is known how the texts were read that it learned from (data.clean, prefixes): a model folder may not say."""
 
     @property
     def kind(self) -> str:
@@ -136,7 +139,7 @@ def open_source(source: str, *, choice: Choice | None = None, device: str = "aut
     run = found.folder.parent.parent
     return Source(
         f"{source}, {what}", model.eval(), tokenizer, _tokenizer_folder(found), _device_of(model, target), spec.max_seq_len,
-        config, labels, spec.decoder_start, spec.token_types, run,
+        config, labels, spec.decoder_start, spec.token_types, run, True,
     )  # fmt: skip
 
 
@@ -172,9 +175,18 @@ def export_source(source: str, folder: Path, *, choice: Choice | None = None, tr
     config, spec, _, _ = _described(found, trust=trust)
     export(
         folder, tensors=merged(tensors(), spec, config.tune), spec=spec, tokenizer_folder=_tokenizer_folder(found),
-        clean=config.data.clean,
+        texts=_texts_of(config),
     )  # fmt: skip
     return folder
+
+
+def _texts_of(config: Config) -> Texts:
+    """How a run with this config reads and writes texts."""
+    data = config.data
+    return Texts(
+        clean=data.clean, prefix=prefix_of(data.sources), seq_len=data.seq_len, truncate=data.truncate, stride=data.stride,
+        cross_documents=data.cross_documents, decode=config.decode,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -330,11 +342,19 @@ def _open_folder(source: str, *, device: torch.device, scratch: Path, trust: boo
     if not (folder / "tokenizer.json").is_file():
         folder = scratch / "tokenizer"
         tokenizer.save_pretrained(folder)
+    texts = read_texts(weights_folder(source, trust=trust))
+    learned = texts or Texts()
     config = Config(
-        task=TaskConfig(kind=kind, labels=list(names)), model=ModelConfig(path=source),
-        data=DataConfig(seq_len=min(limit or 1024, 1024), clean=read_cleaning(weights_folder(source, trust=trust))),
+        task=TaskConfig(kind=kind, labels=list(names)), model=ModelConfig(path=source), decode=learned.decode,
+        data=DataConfig(
+            seq_len=learned.seq_len or min(limit or 1024, 1024), truncate=learned.truncate, stride=learned.stride,
+            cross_documents=learned.cross_documents, clean=learned.clean, sources=[SourceConfig(prefix=learned.prefix)],
+        ),
     )  # fmt: skip
     labels = {"": names} if kind in ("classification", "regression") else {}
     start = getattr(model.config, "decoder_start_token_id", None) if kind == "seq2seq" else None
     types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
-    return Source(source, model, tokenizer, folder, _device_of(model, device), limit, config, labels, start, types, None)
+    return Source(
+        source, model, tokenizer, folder, _device_of(model, device), limit, config, labels, start, types, None,
+        texts is not None,
+    )  # fmt: skip

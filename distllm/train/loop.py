@@ -17,6 +17,7 @@ from distllm.track.progress import Progress, clock_face
 from distllm.train.build import Position, Run, close, save
 from distllm.train.ending import sample_text, tell_end, tell_if_done, tell_nodes
 from distllm.train.signals import StopRequest
+from distllm.train.stopping import out_of_patience
 from distllm.train.validate import validate
 
 
@@ -49,7 +50,7 @@ def train_steps(run: Run) -> int:
     t, every, engine, meter = run.config.train, run.config.checkpoint.every, run.engine, run.meter
     at, step, clock, place = run.start, engine.updates, _Clock(run.start.seconds, engine.updates), run.world.place
     agreement, stopping, saved = Agreement(run.world, flags=3), False, False
-    enough = 0 < t.patience <= at.best.bad
+    enough = out_of_patience(t, at.best)
     noise_scale, node_use = NoiseScale(), NodeUse()
     keeps_best = t.keep_best or t.patience > 0
     rhythms = (t.log_every, t.eval_every, t.sample_every, every)
@@ -65,12 +66,12 @@ def train_steps(run: Run) -> int:
             out = engine.train_step(data.microbatches, samples=data.samples, noise=noise)
             meter.step(data.tokens)
             at = replace(at, samples=data.samples.stop, tokens=at.tokens + data.tokens)
-            at = _tell_skips(run, at, out.skipped)
+            at = _tell_skips(run, at, out.skipped, clock)
             late = clock.late(run.config.checkpoint.every_minutes)
             stopping, late, torn = agreement.exchange([request.received is not None, late, run.checkpoints.write_failed()])
             late = late and not saved  # the answer is a step old: it may have been obeyed already
             if stopping or late or torn or engine.step >= t.steps or any(due(engine.step, n) for n in rhythms):
-                at = _tell_skips(run, at, engine.settle())  # whether this step was taken is known before it is acted on
+                at = _tell_skips(run, at, engine.settle(), clock)  # whether this step was taken is known before it is acted on
             before, step, saved = step, engine.step, False
             fresh, best = step > before, False  # a skipped step is as if it had never been taken: what was due was done
             bar.advance(step)
@@ -133,16 +134,17 @@ def _log_step(run: Run, step: int, at: Position, out: StepOut, clock: _Clock, no
     return text
 
 
-def _tell_skips(run: Run, at: Position, skipped: tuple[Skipped, ...]) -> Position:
+def _tell_skips(run: Run, at: Position, skipped: tuple[Skipped, ...], clock: _Clock) -> Position:
     """Log skipped steps with their samples, and end the run when there are too many in a row."""
     for skip in skipped:
         run.log.warning(
             f"step {run.engine.updates + 1} skipped: {skip.reason}; samples {skip.samples.start} to {skip.samples.stop - 1}"
         )
     at = replace(at, skipped=at.skipped + len(skipped))
-    if run.engine.skips_in_a_row >= run.config.train.max_skips:
+    # Not by the count alone: a diverged run that goes on begins with it, and on a GPU its first step is not judged yet.
+    if skipped and run.engine.skips_in_a_row >= run.config.train.max_skips:
         run.engine.settle()
-        save(run, position=at)  # the weights are those before the first of them
+        save(run, position=replace(at, seconds=clock.total()))  # the weights are those before the first of them
         run.checkpoints.wait()
         raise DivergedError(
             f"{run.engine.skips_in_a_row} steps in a row had a loss or gradient that is not finite (train.max_skips="

@@ -23,7 +23,7 @@ from distllm.data.tokenizer import id_count
 from distllm.generate import Sampling, sample_text
 from distllm.track.progress import Progress
 from distllm.train.ensemble import Ensemble
-from distllm.train.example_samples import by_length, encode_file, head_of, samples_of
+from distllm.train.example_samples import by_length, head_of, open_examples
 from distllm.train.files import Columns, check_output, rows_of, source_of, write_table, write_texts
 from distllm.train.translate import encode_texts, translate_ids
 
@@ -76,9 +76,8 @@ def predict(ensemble: Ensemble, *, file: Path, output: Path, asked: Asked | None
     kind = head_of(first.config, asked.task)
     if kind in ("classification", "regression"):
         with tempfile.TemporaryDirectory(prefix="distllm-") as scratch:
-            store = encode_file(first, source, kind=kind, folder=Path(scratch), labelled=False)
+            store, samples = open_examples(first, source, folder=Path(scratch), labelled=False, truncate=asked.truncate)
             with Progress(len(store), terminal=terminal, unit="example") as bar:
-                samples = samples_of(first, store, source, truncate=asked.truncate)
                 parts = (samples.validation_batch(ids) for ids in _batches(by_length(store, samples), asked.batch))
                 answers, numbers = answers_of(ensemble, parts, count=len(store), kind=kind, task=asked.task, advance=bar.advance)
         assert len(numbers) == len(store), "every example is in a batch"
@@ -175,6 +174,7 @@ def _continuations(ensemble: Ensemble, rows: Sequence[Row], asked: Asked) -> Ite
         written = sample_text(
             ensemble.models, tokenizer=first.tokenizer, prompts=[texts[i] for i in part], sampling=asked.sampling,
             max_len=ensemble.max_len, generator=generator, device=first.device, weights=ensemble.weights,
+            chat=first.kind == "sft",
         )  # fmt: skip
         if first.kind == "sft":
             written = [text.strip() for text in written]
@@ -202,8 +202,9 @@ def _filled(ensemble: Ensemble, rows: Sequence[Row], asked: Asked) -> Iterator[d
         width = max(len(ids[i]) for i in part)
         matrix = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in part])
         seen = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in part])
-        logits = ensemble.outputs(Batch({"input_ids": matrix, "attention_mask": seen}, {}, tuple(part))).logits.cpu()
-        logits = logits[..., : id_count(first.tokenizer)].clone()
+        own = {f"rows_{name}": torch.arange(len(part) if name == asked.task else 0) for name in first.config.task.tasks}
+        answer = ensemble.outputs(Batch({"input_ids": matrix, "attention_mask": seen, **own}, {}, tuple(part))).logits
+        logits = (answer[asked.task] if own else answer).cpu()[..., : id_count(first.tokenizer)].clone()
         logits[..., [i for i in (roles.mask, roles.pad, roles.begin) if i is not None]] = -torch.inf
         best = torch.where(matrix == roles.mask, logits.argmax(-1), matrix)
         yield {i: _joined(ensemble, row[len(head) : len(ids[i]) - 1]) for i, row in zip(part, best.tolist(), strict=True)}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from distllm.config.errors import ConfigError
+from distllm.config.schema import TrainConfig
 
 MINIMISED = ("loss", "perplexity", "bits_per_byte", "mse", "mae")
 """Figures of which less is better; of all others, more is."""
@@ -36,6 +37,11 @@ class Judgement:
     """Whether it is the best so far: its checkpoint is to be kept."""
     stop: bool
     """Whether there have been `patience` evaluations in a row without a better one."""
+
+
+def out_of_patience(train: TrainConfig, best: Best) -> bool:
+    """Whether there have been `train.patience` evaluations in a row without a better one."""
+    return 0 < train.patience <= best.bad
 
 
 def judge(best: Best, figures: Mapping[str, float], *, metric: str, step: int, patience: int) -> Judgement:

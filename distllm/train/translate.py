@@ -12,7 +12,8 @@ from distllm.beam import Writing
 from distllm.config.errors import ConfigError, DataError
 from distllm.config.schema import DecodeConfig
 from distllm.data.clean import clean
-from distllm.data.tokenizer import id_count
+from distllm.data.rows import prefix_of
+from distllm.data.tokenizer import id_count, never_written
 from distllm.data.truncate import kept
 from distllm.train.ensemble import Ensemble, open_ensemble
 from distllm.train.inference import Source
@@ -30,10 +31,9 @@ def writing_of(ensemble: Ensemble) -> Writing:
     source, roles = ensemble.first, ensemble.first.roles
     if source.decoder_start is None:
         raise DataError(f"{source.name}: does not say what its targets begin with (decoder_start_token_id in config.json)")
-    never = {roles.pad, roles.begin, roles.mask, source.decoder_start} - {None, roles.eos}
     return Writing(
         start=source.decoder_start, end=roles.eos, pad=roles.eos if roles.pad is None else roles.pad,
-        forbid=tuple(sorted(i for i in never if i is not None)), vocab_size=id_count(source.tokenizer), max_len=ensemble.max_len,
+        forbid=never_written(roles, start=source.decoder_start), vocab_size=id_count(source.tokenizer), max_len=ensemble.max_len,
     )  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def encode_texts(source: Source, texts: Sequence[str], *, truncate: str, places:
 def make_translator(sources: Sequence[str], *, trust: bool = False) -> Callable[[list[str]], list[str]]:
     """Translations by several models one after another, for data.augment.back_translation.
 
-    The models are loaded when the first texts come, and read texts cleaned as those that they were trained on. A text that
-    is longer than a model takes loses its end, and one of which nothing is left stays as it is.
+    The models are loaded when the first texts come, and read texts cleaned as those that they were trained on, and with
+    their prefix. A text that is longer than a model takes loses its end, and one of which nothing is left stays as it is.
 
     Args:
         sources: runs or model folders, as data.augment.translators has them.
@@ -127,8 +127,8 @@ def make_translator(sources: Sequence[str], *, trust: bool = False) -> Callable[
         if not opened:
             opened.extend(_translator(source, trust=trust) for source in sources)
         for ensemble in opened:
-            cleaning = ensemble.first.config.data.clean
-            read = [clean(text, cleaning) or text for text in texts]
+            data = ensemble.first.config.data
+            read = [prefix_of(data.sources) + (clean(text, data.clean) or text) for text in texts]
             rows = encode_texts(ensemble.first, read, truncate="head", places=[f"text {i}" for i in range(len(texts))])
             found: dict[int, str] = {}
             for part in translate_ids(ensemble, rows, decode=ensemble.first.config.decode):

@@ -16,6 +16,9 @@ from distllm.train.written import score_written
 def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position, Evaluation, Judgement]:
     """Evaluate on the validation samples, with the averaged weights where they are kept, and record the result.
 
+    What is compared with the best so far is measured on the same samples each time. So after the last step, which is told
+    of all of them, the `train.eval_batches` of the evaluations before are looked at once more.
+
     Args:
         run: the run.
         step: the present step.
@@ -27,21 +30,31 @@ def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position
         that is not.
     """
     run.world.place.enter("evaluation")
-    with run.meter.pause(), run.engine.averaged():
-        batches = validation_batches(
-            run.samples, micro_batch=run.resolved.micro_batch, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size,
-            limit=limit,
-        )  # fmt: skip
-        result = evaluate(
-            run.engine.eval_step, batches, figures=run.task.figures, group=run.mesh.loss_group, device=run.world.device
-        )
-        if run.config.task.metrics:
-            result = replace(result, figures={**result.figures, **score_written(run, limit=limit)})
-        # Ranks that share samples computed it side by side. What is decided by it, they decide alike to the last bit.
-        result = broadcast(result, run.world)
-    figures = result.as_metrics()
-    run.tracker.log(step, figures)
-    run.log.info(f"step {step}: validation {told(result.loss, result.figures)}")
     t = run.config.train
-    judgement = judge(at.best, figures, metric=t.best_metric, step=step, patience=t.patience)
+    usual = t.eval_batches if t.eval_every else 0
+    with run.meter.pause(), run.engine.averaged():
+        result = _measured(run, limit)
+        compared = result if _taken(run, limit) == _taken(run, usual) else _measured(run, usual)
+    run.tracker.log(step, result.as_metrics())
+    run.log.info(f"step {step}: validation {told(result.loss, result.figures)}")
+    judgement = judge(at.best, compared.as_metrics(), metric=t.best_metric, step=step, patience=t.patience)
     return replace(at, best=judgement.best), result, judgement
+
+
+def _measured(run: Run, limit: int) -> Evaluation:
+    batches = validation_batches(
+        run.samples, micro_batch=run.resolved.micro_batch, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size, limit=limit
+    )
+    result = evaluate(
+        run.engine.eval_step, batches, figures=run.task.figures, group=run.mesh.loss_group, device=run.world.device
+    )
+    if run.config.task.metrics:
+        result = replace(result, figures={**result.figures, **score_written(run, limit=limit)})
+    # Ranks that share samples computed it side by side. What is decided by it, they decide alike to the last bit.
+    return broadcast(result, run.world)
+
+
+def _taken(run: Run, limit: int) -> int:
+    """How many validation samples an evaluation of `limit` micro-batches a rank takes."""
+    every = run.samples.validation_size
+    return min(every, limit * run.resolved.micro_batch * run.mesh.dp_size) if limit else every

@@ -71,6 +71,14 @@ def test_two_cells_are_measured_and_a_third_is_refused(tmp_path: Path, capsys: p
     assert "2 measured, 1 refused" in printed and "MFU      palm" in printed and "refused: " in printed
 
 
+def test_tokens_that_were_made_for_a_bench_go_with_it(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, prepared=False)
+    assert bench(tmp_path, "--grid", "layout.dp_replicate=1") == 0
+    assert {cell["status"] for cell in cells(tmp_path).values()} == {MEASURED}
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".json", ".csv", ".png"}
+    assert not Path(config.data.store).exists()  # they are of a part of the text, and no store of the run's
+
+
 def test_out_of_memory_is_a_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,13 +172,14 @@ def test_a_table_grows_on_a_terminal_and_tells_what_is_left(
 
 
 def test_inside_a_job_its_ranks_run_the_cells_and_outlive_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two ranks of a launcher: cells of one and of both, one too large for the job, one whose model does not fit."""
+    """Two ranks of a launcher: cells of one and of both, one too large for the job, two whose model does not fit."""
     tiny_config(tmp_path)
-    argv = ["bench", str(tmp_path / "tiny.yaml"), "--grid", "ranks=1,2,4", "--grid", "layout.pp=2 layout.pp_split=[5,5]"]
+    grids = ("model.sizes.num_attention_heads=5 ranks=2", "ranks=1,2,4", "layout.pp=2 layout.pp_split=[5,5]")
+    argv = ["bench", str(tmp_path / "tiny.yaml"), *(word for grid in grids for word in ("--grid", grid))]
     assert launch.local_ranks([*argv, *SHORT, "--out", str(tmp_path / "out")], 2) == 0
     printed = capfd.readouterr()
     found = cells(tmp_path)
-    assert [cell["status"] for cell in found.values()] == [MEASURED, MEASURED, REFUSED, REFUSED], printed
+    assert [cell["status"] for cell in found.values()] == [REFUSED, MEASURED, MEASURED, REFUSED, REFUSED], printed
     assert found["ranks=4"]["why"] == "ranks=4: this job has 2 ranks; nearest: 2"
     assert printed.out.count("ranks=1 ") == 1  # the first rank alone speaks
     hardware = json.loads((tmp_path / "out" / "bench.json").read_text())["hardware"]

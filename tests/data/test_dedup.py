@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from distllm.config.errors import DataError
 from distllm.config.schema import DedupConfig
 from distllm.data.dedup import Repeats, drops, jaccard, shingles
 from distllm.data.prepare import prepare
@@ -75,5 +76,8 @@ def test_packed_text_over_all_training_sources(
     assert [s.n_documents for s in prepared.stores] == expected
     assert [s.n_documents for s in prepared.validation_stores] == [4]
     assert ("b.txt: 1 of 3 documents repeat" in caplog.text) == (dedup == {"exact": True})
+    if "exact" in dedup:
+        with pytest.raises(DataError, match=r"b\.txt: all 3 documents repeat earlier ones, and data\.dedup drops them; leave"):
+            prepare(config_for(tmp_path, sources=[*sources, sources[1]], dedup=dedup))
     if dedup:
         assert prepared.digest != prepare(config_for(tmp_path, sources=sources, validation={"sources": sources[:1]})).digest

@@ -160,6 +160,8 @@ def test_cleaning_and_repeats(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     held = table(tmp_path / "c.tsv", [("a b", "new")], header="text label")  # a repeat, but of validation
     with pytest.raises(DataError, match=r"c\.tsv, line 2: the label 'new'"):
         prepare(config_of(tmp_path, "classification", [one, two], validation={"sources": [held]}, **options))
+    with pytest.raises(DataError, match=r"b\.tsv: all 2 examples repeat earlier ones, and data\.dedup drops them; leave"):
+        prepare(config_of(tmp_path, "classification", [one, two, two, one], **options))
     source = parallel(tmp_path, count=4)
     (tmp_path / "t.de").write_text("x\nx\ny\nx\n")
     (tmp_path / "t.en").write_text("1\n2\n1\n1\n")

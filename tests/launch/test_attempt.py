@@ -221,6 +221,8 @@ def test_outcomes() -> None:
     code, lines = outcome([lost], code=1, size=2)  # rank 1 was killed, and rank 0 only lost it
     assert code == 7 and lines[0].startswith("rank 1 ended without a word: killed (often: out of memory)")
     assert outcome([], code=2, size=2)[0] == 2
+    assert outcome([], code=1, size=2)[0] == outcome([ok], code=1, size=2)[0] == 7  # torchrun's 1 of ranks killed by SIGKILL
+    assert outcome([], code=137, size=2)[0] == 137
 
 
 def test_torn_reports_are_left_out_and_a_gone_folder_is_no_error(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distllm.launch.family import _members
+
 DRIVER = """
 import os, sys
 from distllm.launch.family import Request, run_family
@@ -123,3 +125,26 @@ def test_what_a_launcher_leaves_behind_is_ended(stub: Path) -> None:
     until(lambda: gone(stub))
     assert driver.stderr is not None
     driver.stderr.close()
+
+
+def test_what_does_not_save_ends_at_the_first_request(stub: Path) -> None:
+    """A bench has no handler for SIGUSR1, and inherits that its launcher ignores it."""
+    (stub / "launcher.py").write_text(LAUNCHER.replace("BODY", 'ready(f"rank-{me}")\nwhile True: time.sleep(0.02)'))
+    code = DRIVER.replace("Request()", "Request(saves=False)")
+    driver = subprocess.Popen([sys.executable, "-c", code, str(stub / "launcher.py")], process_group=0)
+    until(lambda: ranks_ready(stub))
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(20) == 130
+    until(lambda: gone(stub))
+
+
+def test_a_process_of_another_with_an_ill_name_does_not_matter(tmp_path: Path) -> None:
+    """Linux cuts a process's name after 15 bytes, in the middle of a character too."""
+    name = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'fourteen-bytes\\xc3', 0, 0, 0); print(flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", name], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"\n"
+        assert other.pid in _members()
+    finally:
+        other.kill()
+        other.communicate()

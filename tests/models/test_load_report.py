@@ -232,3 +232,19 @@ class Touch:
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        ({"state_dict": {"a": torch.ones(2)}, "step": 3}, "it has state_dict; save one of them alone"),
+        (torch.ones(2), "it holds a Tensor"),
+        ({"step": 3}, "it holds a dict"),
+    ],
+)
+def test_a_pickle_without_tensors_by_name_becomes_no_folder(saved: object, told: str, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    torch.save(saved, tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(DataError, match=f"pytorch_model.bin: holds no tensors by name: {told}$"):
+        convert(tmp_path / "source", tmp_path / "made")
+    assert not (tmp_path / "made").exists()

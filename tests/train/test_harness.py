@@ -113,6 +113,25 @@ def test_a_run_and_an_encoder_decoder(tasks: Path) -> None:
     assert found["colours.acc"] == by_hand(folder, transformers.AutoModelForSeq2SeqLM)
 
 
+def test_an_encoder_decoder_with_beams_of_its_own_writes_greedily(tasks: Path) -> None:
+    """Of each question the harness watches one row for its stop words."""
+    auto = transformers.AutoModelForSeq2SeqLM
+    folder = folder_of(tasks.parent / "t5", auto, "t5", **T5 | {"initializer_factor": 3.0})
+    model, tokenizer = auto.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for question in QUESTIONS:
+        inputs = tokenizer(question, return_tensors="pt")
+        length = inputs["input_ids"].shape[1] + 6  # which is what the harness means by max_gen_toks
+        ids = model.generate(**inputs, max_length=length, num_beams=1, do_sample=False)
+        rows.append({"question": question, "answer": tokenizer.decode(ids[0], skip_special_tokens=True)})
+    (tasks.parent / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = TASK.replace("DATA", str(tasks.parent / "data.jsonl")).replace("multiple_choice", "generate_until")
+    task = task.replace('doc_to_choice: "{{choices}}"\n', "").replace("doc_to_target: answer", 'doc_to_target: "{{answer}}"')
+    tasks.write_text(task.replace("acc", "exact_match") + "generation_kwargs:\n  until: ['@@']\n  max_gen_toks: 6\n")
+    transformers.GenerationConfig(num_beams=4, length_penalty=0.5, decoder_start_token_id=0).save_pretrained(folder)
+    assert run_harness(Path(folder), [str(tasks)], kind="seq2seq", batch=1)["colours.exact_match"] == 1.0
+
+
 def test_data_that_cannot_be_had_are_told(tasks: Path) -> None:
     (tasks.parent / "data.jsonl").unlink()
     folder = folder_of(tasks.parent / "m", transformers.AutoModelForCausalLM, "gpt2", n_embd=16, n_layer=1, n_head=2)

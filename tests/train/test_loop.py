@@ -358,7 +358,7 @@ def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = in_process(tmp_path)
-    real, values = validating.evaluate, iter([math.nan, 3.0, 4.0])
+    real, values = validating.evaluate, iter([math.nan, 3.0, 4.0, 4.0])
     monkeypatch.setattr(validating, "evaluate", lambda *a, **k: replace(real(*a, **k), loss=next(values)))
     assert train(made) == EXIT_OK
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())

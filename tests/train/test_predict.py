@@ -32,6 +32,7 @@ from distllm.train.inference import Choice, export_source, loader_of, open_sourc
 from distllm.train.predict import Asked, predict
 from distllm.train.translate import make_translator
 from tests.runs import run_tiny
+from tests.train.tasks import task_config, write_tables
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 48,
@@ -145,6 +146,20 @@ def test_models_together_answer_with_their_mean(place: Path, tmp_path: Path) -> 
     assert table(out)[0] == ["value"]
 
 
+def test_models_together_take_as_many_tokens_as_the_shortest(place: Path, tmp_path: Path) -> None:
+    auto, labels = transformers.AutoModelForSequenceClassification, dict(enumerate(("bad", "good", "odd")))
+    short = folder_of(
+        place, auto, "bert", seed=11, **{**BERT, "max_position_embeddings": 24}, id2label=labels, label2id={v: k for k, v in labels.items()}
+    )
+    ensemble, file, out = open_ensemble([classifier(place), short]), lines(tmp_path / "in.txt"), tmp_path / "out.tsv"
+    with pytest.raises(DataError, match=r"data\.seq_len=24: 1 of 4 examples of .*in\.txt are longer and --truncate=refuse"):
+        predict(ensemble, file=file, output=out)
+    predict(ensemble, file=file, output=out, asked=Asked(truncate="head"))
+    texts = [text[:22] for text in TEXTS]
+    mean = (probabilities(classifier(place), texts) + probabilities(short, texts)) / 2
+    np.testing.assert_allclose([[float(p) for p in row[1:]] for row in table(out)[1:]], mean, atol=2e-6)
+
+
 def test_what_cannot_answer_together(place: Path) -> None:
     with pytest.raises(DataError, match=r"has the labels a, b, and .* bad, good, odd"):
         open_ensemble([classifier(place), classifier(place, 9, ("a", "b"))])
@@ -159,16 +174,39 @@ def test_what_cannot_answer_together(place: Path) -> None:
         open_ensemble([classifier(place)], weights=(0,))
 
 
-def test_back_translation_cleans_what_it_reads_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_whose_texts_were_cleaned_otherwise_do_not_answer_together(place: Path, tmp_path: Path) -> None:
+    plain, silent = classifier(place), tmp_path / "silent"
+    exports = {"none": {}, "form": {"clean": {"unicode": "NFC"}}, "lower": {"clean": {"lowercase": True}}}
+    for name, cleaned in exports.items():
+        shutil.copytree(plain, tmp_path / name)
+        (tmp_path / name / "distllm.json").write_text(json.dumps({"format": "export", **cleaned}))
+    shutil.copytree(plain, silent)
+    none, form, lower = (str(tmp_path / name) for name in exports)
+    rule = r"--ensemble=.*lower: its training had data\.clean: lowercase=true, and that of .*{}; the members are given the same text"
+    with pytest.raises(DataError, match=rule.format("none none")):
+        open_ensemble([none, lower])
+    for told in ([form, lower], [plain, form, lower]):  # a folder of transformers says nothing of it
+        with pytest.raises(DataError, match=rule.format("form unicode=NFC")):
+            open_ensemble(told)
+    for alike in ([lower, lower], [lower, plain], [plain, lower, str(silent)]):
+        assert len(open_ensemble(alike).members) == len(alike)
+    (tmp_path / "form" / "distllm.json").write_text(json.dumps({"format": "export", "prefix": "Ask: "}))
+    with pytest.raises(DataError, match=r"form: its training had data\.sources\.N\.prefix: 'Ask: ', and that of .*none none; "):
+        open_ensemble([none, form])
+
+
+def test_back_translation_reads_texts_as_the_translators_training_did(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
     texts = ["ONE Fine day", "no"]
     plain = make_translator([folder])
     assert plain(texts) != plain([text.lower() for text in texts])
     (member,) = open_ensemble([folder]).members
-    data = member.config.data.model_copy(update={"clean": CleanConfig(lowercase=True)})
+    data = member.config.data.model_copy(
+        update={"clean": CleanConfig(lowercase=True), "sources": [SourceConfig(prefix="Ask: ")]}
+    )
     lower = Ensemble((replace(member, config=member.config.model_copy(update={"data": data})),), (1.0,))
     monkeypatch.setattr(translate, "open_ensemble", lambda *a, **k: lower)
-    assert make_translator(["lower"])(texts) == plain([text.lower() for text in texts])
+    assert make_translator(["lower"])(texts) == plain([f"Ask: {text.lower()}" for text in texts])
 
 
 def test_an_export_reads_what_it_is_asked_cleaned_as_its_training_did(place: Path, tmp_path: Path) -> None:
@@ -194,6 +232,40 @@ def test_a_prefix_is_not_cleaned(place: Path, tmp_path: Path) -> None:
     source = SourceConfig(kind="text", path=str(lines(tmp_path / "in.txt", ["ONE Fine day"])), document="line", prefix="Ask: ")
     store = encode_file(lower, source, kind="classification", folder=tmp_path, labelled=False)
     assert member.tokenizer.decode(store.ids("text", 0), skip_special_tokens=True) == "Ask: one fine day"
+
+
+def test_a_run_and_its_export_put_the_same_prefix_before_what_they_are_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask, short = "translate upper to lower: ", DecodeConfig(beams=1, max_tokens=4)
+    files = write_tables(tmp_path / "tables")
+    source = {"kind": "parallel", "path": str(files["source.txt"]), "target_path": str(files["target.txt"])}
+
+    def answers(folder: Path, *prefixes: str) -> dict[str, str]:
+        config = task_config("marian", folder, data={"sources": [{**source, "prefix": p} for p in prefixes]}, train={"steps": 1})
+        assert run_tiny(ONE, config) == 0
+        run, kept = folder / "runs" / "small", folder / "export"
+        assert cli.run(["export", str(run), str(kept)]) == 0
+        assert json.loads((kept / "distllm.json").read_text()).get("prefix") == (ask if prefixes == (ask,) else None)
+        shutil.copytree(kept, folder / "bare")
+        (folder / "bare" / "distllm.json").write_text(json.dumps({"format": "export"}))
+        found = {}
+        for name, place in (("run", run), ("export", kept), ("bare", folder / "bare")):
+            ensemble, given = open_ensemble([str(place)]), lines(tmp_path / "in.txt")
+            predict(ensemble, file=given, output=tmp_path / "out.txt", asked=Asked(decode=short))
+            figures = measure(ensemble, on=On(data=given, target=lines(tmp_path / "t.txt", TEXTS)), decode=short).figures
+            found[name] = f"{(tmp_path / 'out.txt').read_text()}{figures['val_loss']:.6f}"
+        return found
+
+    shared = answers(tmp_path / "shared", ask)
+    assert f"prefix   {ask!r}; " in capsys.readouterr().out
+    assert shared["run"] == shared["export"] != shared["bare"]
+    several = answers(tmp_path / "several", ask, "")  # each text has its own, and none is guessed
+    assert several["run"] == several["export"] == several["bare"]
+    marker = tmp_path / "shared" / "export" / "distllm.json"
+    marker.write_text(json.dumps({"format": "export", "prefix": 7}))
+    with pytest.raises(DataError, match=r"distllm\.json: damaged: `prefix` must be a text"):
+        open_source(str(marker.parent))
 
 
 def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -> None:
@@ -225,6 +297,25 @@ def test_translations_equal_those_of_transformers(place: Path, tmp_path: Path) -
     assert found_.figures["val_chrf"] == pytest.approx(chrf)
 
 
+def test_references_that_the_training_would_have_cleaned_are_told(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bart = folder_of(place, transformers.AutoModelForSeq2SeqLM, "bart", **BART, decoder_start_token_id=258)
+    shutil.copytree(bart, tmp_path / "lower")
+    (tmp_path / "lower" / "distllm.json").write_text(json.dumps({"format": "export", "clean": {"lowercase": True}}))
+    short = DecodeConfig(beams=1, max_tokens=2)
+
+    def said(folder: str | Path, *targets: str) -> list[str]:
+        on = On(data=lines(tmp_path / "in.txt", ["one", "two"]), target=lines(tmp_path / "t.txt", [*targets]))
+        caplog.clear()
+        measure(open_ensemble([str(folder)]), on=on, decode=short)
+        return [record.getMessage() for record in caplog.records if "references" in record.getMessage()]
+
+    (line,) = said(tmp_path / "lower", "Eins", "zwei")
+    assert line.startswith("1 of 2 references are not as data.clean (lowercase=true) makes them, ")
+    assert said(tmp_path / "lower", "eins", "zwei") == said(bart, "Eins", "zwei") == []
+
+
 def test_masks_are_filled(place: Path, tmp_path: Path) -> None:
     folder = folder_of(place, transformers.AutoModelForMaskedLM, "bert", **BERT)
     texts = ["one f<mask>ne d<mask>y", "no"]
@@ -233,6 +324,42 @@ def test_masks_are_filled(place: Path, tmp_path: Path) -> None:
     assert same == "no" and "<mask>" not in filled and filled.startswith("one f") and "ne d" in filled
     with pytest.raises(DataError, match="write <mask> where one is wanted"):
         predict(open_ensemble([folder]), file=lines(tmp_path / "none.txt", ["no"]), output=tmp_path / "out.txt")
+
+
+def test_the_head_for_tokens_of_several_fills_masks_too(tmp_path: Path) -> None:
+    files = write_tables(tmp_path / "tables")
+    numbers = {"kind": "jsonl", "path": str(files["numbers.jsonl"])}
+    heads = {"score": {"kind": "regression"}, "words": {"kind": "masked_lm"}}
+    config = task_config(
+        "multi_task", tmp_path, task={"kind": "multi_task", "tasks": heads}, train={"steps": 1, "eval_every": 0},
+        data={"sources": [{**numbers, "task": "score"}, {**numbers, "task": "words"}]},
+    )
+    assert run_tiny(ONE, config) == 0
+    ensemble, file, out = open_ensemble([str(tmp_path / "runs" / "small")]), tmp_path / "in.txt", tmp_path / "out.txt"
+    source, mask = ensemble.first, ensemble.first.tokenizer.mask_token
+    lines(file, [f"a g{mask}od film", "no"])
+    assert predict(ensemble, file=file, output=out, asked=Asked(task="words")) == 2
+    ids = [source.roles.begin, *source.tokenizer(f"a g{mask}od film", add_special_tokens=False)["input_ids"], source.roles.separator]
+    with torch.no_grad():
+        logits = source.model(torch.tensor([ids]), rows_score=torch.arange(0), rows_words=torch.arange(1)).logits["words"][0]
+    logits[:, [i for i in (source.roles.mask, source.roles.pad, source.roles.begin) if i is not None]] = -torch.inf
+    assert out.read_text().splitlines() == [f"a g{source.tokenizer.decode(logits.argmax(-1)[ids.index(source.roles.mask)])}od film", "no"]
+
+
+def test_a_file_for_one_of_several_heads_measures_it_alone(tmp_path: Path) -> None:
+    file = str(write_tables(tmp_path / "tables")["labelled.tsv"])
+    labelled = {"kind": "tsv", "path": file, "names": ["text", "label"]}
+    heads = {"mood": {"kind": "classification"}, "other": {"kind": "classification"}}
+    config = task_config(
+        "multi_task", tmp_path, task={"kind": "multi_task", "tasks": heads}, train={"steps": 1, "eval_every": 0},
+        data={"sources": [{**labelled, "task": "mood"}, {**labelled, "task": "other"}]},
+    )
+    assert run_tiny(ONE, config) == 0
+    folder = tmp_path / "runs" / "small"
+    assert cli.run(["eval", str(folder), "--data", file, "--task", "mood", "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert list(found["confusion"]) == ["mood"] and found["val_other.samples"] == 0 and found["val_mood.samples"] > 0
+    assert [path.name for path in (folder / "report").glob("confusion-*")] == ["confusion-labelled-mood.png"]
 
 
 def test_what_cannot_be_predicted_is_told_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,6 +376,8 @@ def test_what_cannot_be_predicted_is_told_in_one_line(place: Path, tmp_path: Pat
         with pytest.raises(DataError, match=rule):
             predict(ensemble, file=tmp_path / name, output=tmp_path / "out.tsv")
         assert not (tmp_path / "out.tsv").exists()
+    with pytest.raises(ConfigError, match=r"^--task=mood: is for multi_task, and .* is for classification; leave it out$"):
+        predict(ensemble, file=file, output=tmp_path / "out.tsv", asked=Asked(task="mood"))
     with pytest.raises(StorageError, match="no such folder; make it first"):
         predict(ensemble, file=file, output=tmp_path / "missing" / "out.tsv")
     with pytest.raises(StorageError, match="is a folder"):

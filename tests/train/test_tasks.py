@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distllm import cli
 from distllm.comm import World
-from distllm.config.schema import Config
+from distllm.config.errors import ConfigError
+from distllm.config.schema import Config, DistillConfig
 from distllm.train.inference import export_source
 from tests.ranks import on_ranks
 from tests.runs import metrics, run_tiny, state
@@ -108,6 +109,37 @@ def test_a_student_learns_the_same_on_ranks_and_resumes_bitwise(tmp_path: Path) 
     on_ranks(lambda world: cut_and_straight(sharded, world), 2, tmp_path / "ranks")
     equal(state(tmp_path / "runs" / "cut"), state(tmp_path / "runs" / "straight"))
     plain_transformers_loads(export_source(str(tmp_path / "runs" / "cut"), tmp_path / "exported"))
+
+
+def test_a_student_goes_on_without_the_run_of_its_teacher(tmp_path: Path) -> None:
+    """Also where that is a module of the user's own, which its weights alone do not describe."""
+    trained(task_config("word_vector", tmp_path, model={"spec_args": {"embedding": 24}}), 1, tmp_path, name="teacher")
+    there = tmp_path / "runs" / "teacher"
+    config = task_config("word_vector", tmp_path, distill={"teacher": str(there)}, train={"steps": 2})
+    assert run_tiny(ALONE, config) == 0
+    there.rename(tmp_path / "elsewhere")
+    more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
+    assert run_tiny(ALONE, more) == 0
+
+
+def test_a_teacher_is_asked_for_all_of_its_weights_and_for_its_labels(tmp_path: Path) -> None:
+    teacher = task_config("classification", tmp_path)
+    trained(teacher, 1, tmp_path, name="teacher")
+    there = tmp_path / "runs" / "teacher"
+    config = task_config("classification", tmp_path, task={"kind": "classification", "labels": ["good", "bad"]})
+    step = next((there / "checkpoints").glob("step-*"))
+    folder = export_source(str(there), tmp_path / "exported")
+    for source in (there, step, folder):
+        taught = config.model_copy(update={"name": "student", "distill": DistillConfig(teacher=str(source))})
+        with pytest.raises(ConfigError, match=r"calls a label 'bad' that is 'good' here; use task\.labels=\[bad, good\]"):
+            run_tiny(ALONE, taught)
+    saved = load_file(folder / "model.safetensors")
+    body = {name: torch.from_numpy(tensor.numpy()) for name, tensor in saved.items() if not name.startswith("classifier.")}
+    save_file(body, folder / "model.safetensors", metadata={"format": "pt"})
+    taught = teacher.model_copy(update={"name": "student", "distill": DistillConfig(teacher=str(folder))})
+    rule = r"lacks classifier\.weight, classifier\.bias; a teacher needs all of its weights, trained for task\.kind=class"
+    with pytest.raises(ConfigError, match=rule):
+        run_tiny(ALONE, taught)
 
 
 @pytest.mark.parametrize(
