@@ -58,7 +58,7 @@ def newest_step(run: Path) -> int:
 
 def stuck(ledger: Path, *, now: int, attempts: int) -> bool:
     """Whether `attempts` attempts in a row, the last ones, began at the step that the run still has."""
-    begun = [int(entry["step"]) for entry in _entries(ledger)]
+    begun = _steps(ledger)
     return len(begun) >= attempts and all(step == now for step in begun[-attempts:])
 
 
@@ -216,15 +216,21 @@ def _runs(command: list[str]) -> bool:
         return False
 
 
-def _entries(ledger: Path) -> list[dict[str, int]]:
-    if not ledger.exists():
-        return []
-    return [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _steps(ledger: Path) -> list[int]:
+    """Where the attempts so far began; a line that a node's death or a full disk cut off is left out."""
+    found = []
+    for line in ledger.read_text(encoding="utf-8", errors="replace").splitlines() if ledger.exists() else ():
+        try:
+            found.append(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def _write(ledger: Path, entry: dict[str, int]) -> None:
+    cut = ledger.exists() and ledger.read_bytes()[-1:] not in (b"", b"\n")
     with ledger.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(("\n" if cut else "") + json.dumps(entry) + "\n")
 
 
 def _say(line: str) -> None:

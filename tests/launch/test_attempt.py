@@ -75,6 +75,15 @@ def test_a_job_without_progress_stops_at_its_begin(job: Path, capsys: pytest.Cap
     assert [json.loads(line)["step"] for line in (job / "attempts.jsonl").read_text().splitlines()] == [5, 5, 6]
 
 
+def test_a_line_that_was_cut_off_ends_no_attempt(job: Path) -> None:
+    saved(job.parent, 5)
+    assert begin(job) == 0
+    with (job / "attempts.jsonl").open("a") as file:
+        file.write('{"step": 5, "rest')  # the node died in the midst of it
+    assert begin(job) == 0 and begin(job) == 10
+    assert (job / "attempts.jsonl").read_text().splitlines()[1:] == ['{"step": 5, "rest', '{"step": 5, "restart": 0}']
+
+
 def test_a_stop_on_request_is_requeued_by_scontrol(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stub(job, "scontrol")
     assert begin(job) == 0
