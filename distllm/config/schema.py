@@ -290,7 +290,7 @@ class TrainConfig(Section):
     sample_every: NonNegative = 0
     """Steps between text samples; 0 samples only at the end."""
     sample_prompts: list[str] = [""]
-    """What the samples continue; an empty prompt starts from the end-of-document token."""
+    """What the samples continue; an empty prompt starts from the end-of-document token. With task.kind=sft each is what the user says."""
     sample_tokens: NonNegative = 64
     """New tokens of a sample; 0 does not sample."""
     sample_temperature: Annotated[float, Field(ge=0.0)] = 0.8

@@ -14,6 +14,7 @@ from distllm import generate
 from distllm.checkpoint.find import candidates
 from distllm.comm import broadcast, gather
 from distllm.config.trust import own_code
+from distllm.data.chat import prompt_text
 from distllm.data.clean import clean
 from distllm.evaluate import Evaluation
 from distllm.rank_facts import node_name
@@ -27,6 +28,8 @@ from distllm.train.tasks import WRITES
 def sample_text(run: Run, step: int) -> str | None:
     """Let the model continue each of `train.sample_prompts`, and write it to `samples.txt` and the log.
 
+    With task.kind=sft each is what the user says, and what is written is the conversation.
+
     All ranks run it, because a sharded model answers only together; they draw from equal generators, so they agree.
 
     Returns:
@@ -36,19 +39,22 @@ def sample_text(run: Run, step: int) -> str | None:
     if t.sample_tokens == 0 or not t.sample_prompts or run.task.kind not in WRITES:
         return None
     run.world.place.enter("sample")
-    prompts = [clean(prompt, run.config.data.clean) for prompt in t.sample_prompts]
+    prompts, chat = [clean(prompt, run.config.data.clean) for prompt in t.sample_prompts], run.task.kind == "sft"
+    if chat:
+        prompts = [prompt_text([{"role": "user", "content": prompt}], run.tokenizer) for prompt in prompts]
+    shown = prompts if chat else t.sample_prompts
     with run.meter.pause(), run.engine.averaged(), run.engine.inference() as model:
         texts = generate.sample_text(
             model, tokenizer=run.tokenizer, prompts=prompts, max_len=run.spec.max_seq_len,
             sampling=generate.Sampling(t.sample_tokens, t.sample_temperature), device=run.world.device,
-            to_the_end=run.world.size > 1,
+            to_the_end=run.world.size > 1, chat=chat,
             generator=torch.Generator(run.world.device).manual_seed(run.config.seed),
         )  # fmt: skip
     if run.world.is_main:
         with run.folder.samples.open("a", encoding="utf-8") as file:
-            for prompt, text in zip(t.sample_prompts, texts, strict=True):
-                file.write(f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n")
-    run.log.info(f"step {step}: sample: {t.sample_prompts[-1] + texts[-1]!r}")
+            for prompt, before, text in zip(t.sample_prompts, shown, texts, strict=True):
+                file.write(f"--- step {step}, prompt {prompt!r}\n{before}{text}\n")
+    run.log.info(f"step {step}: sample: {shown[-1] + texts[-1]!r}")
     return texts[-1]
 
 

@@ -26,6 +26,7 @@ from distllm.train.generate_source import generate_source
 from distllm.train.inference import export_source, is_run, open_source
 from tests.ranks import on_ranks
 from tests.runs import metrics, run_tiny, tiny_config, words
+from tests.train.tasks import task_config
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -106,6 +107,17 @@ def test_what_is_asked_is_cleaned_as_the_training_cleaned(
     marker.write_text(marker.read_text().replace('"lowercase"', '"lowercsae"'))
     with pytest.raises(DataError, match=r"distllm\.json: damaged: `clean` must hold settings of data\.clean"):
         open_source(str(folder))
+
+
+def test_a_run_of_conversations_samples_answers(tmp_path: Path) -> None:
+    sampled = {"sample_tokens": 8, "sample_prompts": ["how are you", "two and two"], "sample_temperature": 0.0}
+    assert run_tiny(ONE, task_config("sft", tmp_path, train={"micro_batch": 1, **sampled})) == 0
+    run = tmp_path / "runs" / "small"
+    answers = written(run, "how are you", "two and two", sampling=Sampling(8, temperature=0.0))
+    assert (run / "samples.txt").read_text(encoding="utf-8") == "".join(
+        f"--- step 4, prompt {prompt!r}\nUser: {prompt}\nAssistant:{answer}\n"
+        for prompt, answer in zip(("how are you", "two and two"), answers, strict=True)
+    )
 
 
 def test_plain_transformers_loads_the_export_with_equal_logits(trained: Path, exported: Path) -> None:
