@@ -46,7 +46,7 @@ class Bench:
         folder: for tokens that have to be made; `tidy` drops them.
         """
         self.options, self.room = options, room
-        self._tokens = folder / "tokens"
+        self._tokens = folder / ".bench-tokens"  # a name that nobody else has: the folder may hold what is not ours
         self._cases = Cases(self._tokens, synthetic=options.data == "synthetic")
         self._job = Job(room.job, cuda=room.gpus > 0) if room.job is not None else None
 

@@ -72,10 +72,13 @@ def test_two_cells_are_measured_and_a_third_is_refused(tmp_path: Path, capsys: p
 
 
 def test_tokens_that_were_made_for_a_bench_go_with_it(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, prepared=False)
+    config, own = tiny_config(tmp_path, prepared=False), tmp_path / "out" / "tokens" / "of.mine"
+    own.parent.mkdir(parents=True)
+    own.write_text("stays")
     assert bench(tmp_path, "--grid", "layout.dp_replicate=1") == 0
     assert {cell["status"] for cell in cells(tmp_path).values()} == {MEASURED}
-    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".json", ".csv", ".png"}
+    assert {file.suffix for file in (tmp_path / "out").iterdir() if file != own.parent} == {".json", ".csv", ".png"}
+    assert own.read_text() == "stays"  # the folder may hold what is not the bench's
     assert not Path(config.data.store).exists()  # they are of a part of the text, and no store of the run's
 
 
