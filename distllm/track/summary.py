@@ -44,6 +44,8 @@ class Summary:
     """The figure by which the best evaluation was chosen."""
     best_value: float | None = None
     best_step: int | None = None
+    best_of: tuple[int, int] | None = None
+    """On how many validation samples the best was chosen, and how many there are."""
     tokens_per_s: float | None = None
     """The mean over `seconds`."""
     skipped: int = 0
@@ -143,7 +145,9 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
     if summary.best_value is not None:
         at = f" at step {summary.best_step:,}" if summary.best_step is not None else ""
         what = (summary.best_metric or "val_loss").removeprefix("val_").replace("_", " ")
-        rows.append(("best", f"validation {what} {summary.best_value:.4f}{at}"))
+        part, every = summary.best_of or (0, 0)
+        of = f", by {part:,} of {every:,} validation samples" if part < every else ""
+        rows.append(("best", f"validation {what} {summary.best_value:.4f}{at}{of}"))
     if summary.skipped:
         rows.append(("skipped", f"{summary.skipped:,} steps with a loss or gradient that was not finite"))
     return rows

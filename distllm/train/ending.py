@@ -23,6 +23,7 @@ from distllm.track.summary import Summary, render_summary
 from distllm.train.build import Position, Run
 from distllm.train.stopping import Best, out_of_patience
 from distllm.train.tasks import WRITES
+from distllm.train.validate import part_compared
 
 
 def sample_text(run: Run, step: int) -> str | None:
@@ -108,7 +109,8 @@ def tell_end(
         metrics=run.folder.path / "metrics.jsonl", resume_command=again,
         val_loss=last.loss if last else None, figures=dict(last.figures) if last else {},
         unigram_loss=run.samples.unigram_loss() if last else None,
-        best_metric=at.best.metric, best_value=at.best.value, best_step=at.best.step, skipped=at.skipped, checkpoint=newest,
+        best_metric=at.best.metric, best_value=at.best.value, best_step=at.best.step, best_of=part_compared(run),
+        skipped=at.skipped, checkpoint=newest,
         prompt=run.config.train.sample_prompts[-1] if sample else "", sample=sample,
         tokens_per_s=at.tokens / max(seconds, 1e-9), stopped=stopped, own_code=own_code(run.config) is not None,
         activate=_activation(), writes=run.task.kind in WRITES,

@@ -30,8 +30,7 @@ def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position
         that is not.
     """
     run.world.place.enter("evaluation")
-    t = run.config.train
-    usual = t.eval_batches if t.eval_every else 0
+    t, usual = run.config.train, _usual(run)
     with run.meter.pause(), run.engine.averaged():
         result = _measured(run, limit)
         compared = result if _taken(run, limit) == _taken(run, usual) else _measured(run, usual)
@@ -39,6 +38,16 @@ def validate(run: Run, step: int, at: Position, *, limit: int) -> tuple[Position
     run.log.info(f"step {step}: validation {told(result.loss, result.figures)}")
     judgement = judge(at.best, compared.as_metrics(), metric=t.best_metric, step=step, patience=t.patience)
     return replace(at, best=judgement.best), result, judgement
+
+
+def part_compared(run: Run) -> tuple[int, int]:
+    """On how many validation samples the best evaluation is chosen, and how many there are."""
+    return _taken(run, _usual(run)), run.samples.validation_size
+
+
+def _usual(run: Run) -> int:
+    """The limit of the evaluations on the way; of the whole set where there are none."""
+    return run.config.train.eval_batches if run.config.train.eval_every else 0
 
 
 def _measured(run: Run, limit: int) -> Evaluation:

@@ -27,6 +27,13 @@ def test_plain_text_says_everything() -> None:
     assert "\x1b" not in text and text.endswith("\n")
 
 
+def test_the_best_says_by_what_part_of_the_validation_set_it_was_chosen() -> None:
+    """The last evaluation is of all of it, so two figures of one step can differ."""
+    text = render_summary(replace(FULL, best_of=(32, 1152)), terminal=False)
+    assert "3.2000 at step 250, by 32 of 1,152 validation samples\n" in text
+    assert "validation samples" not in render_summary(replace(FULL, best_of=(1152, 1152)), terminal=False)
+
+
 def test_each_task_of_several_tells_its_first_figure() -> None:
     figures = {"mood.samples": 4.0, "mood.accuracy": 0.5, "mood.f1_macro": 0.25, "score.pearson": 0.125, "score.mse": 2.0}
     assert told(0.75, figures) == "loss 0.7500, mood.accuracy 50.0%, mood.f1 macro 25.0%, score.pearson 0.12"

@@ -106,7 +106,7 @@ def test_a_run_that_stopped_early_says_what_trains_it_on(start: Any, tmp_path: P
 
 
 def test_the_last_evaluation_is_compared_with_those_before_by_the_same_samples(
-    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real = validating.evaluate
 
@@ -121,6 +121,8 @@ def test_the_last_evaluation_is_compared_with_those_before_by_the_same_samples(
     assert train(made) == EXIT_OK and made.engine.updates == 3
     assert [line["val_loss"] for line in metrics(there) if "val_loss" in line] == [3.0, 3.0, 3.0, 2.0]
     assert os.readlink(there / "checkpoints" / "best") == "step-1", "none was better than the first"
+    size = made.resolved.micro_batch
+    assert f" at step 1, by {size} of {made.samples.validation_size} validation samples\n" in capfd.readouterr().out
     again = start(tmp_path, *options)
     assert again.start.best.bad == 2 and train(again) == EXIT_OK and again.engine.updates == 3
 
